@@ -1,1 +1,1 @@
-"Packaged data: read it with `importlib.resources.files("probunlearn._data")`."
+"Packaged data, read with importlib.resources.files."
