@@ -1,0 +1,71 @@
+"""Scores against their oracles: the logs published with TOFU, and the rouge-score package."""
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+
+from probunlearn.scores import exact_match, keywords_leaked, rouge_1, rouge_l
+
+DATA = os.environ.get("PROBUNLEARN_TEST_DATA")
+LOGS = sorted(Path(DATA, "tofu_eval_logs").glob("*.json")) if DATA else []
+WORDS = ("Halvard Quenby writes writing written generously university the of a in 1979 cities "
+         "İstanbul ISTANBUL ıspanak \u212Aelvin ﬁnally ﬂoor naïve café cafe\u0301 Straße STRASSE ２３ 東京 私は 서울 🙂 👩‍👩‍👧 "
+         "don't O’Brien x\u200by \u00adsoft _under_ $5 e.g. -- … ſhort ǅ ΑΣ").split()
+GAPS = (" ", "  ", "\n", "\t", "\u00a0", "\u2003", ", ", ".", "-", "")
+
+
+def random_text(rng):
+    "Up to twenty words with odd gaps between them, sometimes any code point at all, sometimes nothing."
+    if rng.random() < .08: return rng.choice(("", " ", "\n", "東京", "🙂", "—"))
+    if rng.random() < .1: return "".join(chr(rng.choice((rng.randrange(32, 0x250), rng.randrange(0x1e00, 0x2200), rng.randrange(0x10000, 0x1fa00)))) for _ in range(30))
+    return "".join(rng.choice(WORDS) + rng.choice(GAPS) for _ in range(rng.randrange(1, 20)))
+
+
+def random_pair(rng):
+    "Two texts, half of the time variants of each other so that the common subsequence is long."
+    first = random_text(rng)
+    if rng.random() < .5: return first, random_text(rng)
+    kept = [w for w in first.split(" ") if rng.random() < .8]
+    return first, " ".join(kept + [random_text(rng)])
+
+
+def test_rouge_equals_rouge_score_on_random_unicode():
+    peer, rng = RougeScorer(["rouge1", "rougeL"], use_stemmer=True), random.Random(0)
+    pairs = [random_pair(rng) for _ in range(5000)]
+    for answer, reference in pairs:
+        theirs = peer.score(reference, answer)
+        assert tuple(rouge_l(answer, reference)) == tuple(theirs["rougeL"]), (answer, reference)
+        assert tuple(rouge_1(answer, reference)) == tuple(theirs["rouge1"]), (answer, reference)
+    between = sum(0 < rouge_l(*pair).f1 < 1 for pair in pairs)
+    assert between > 2000, "the pairs must not all be trivial"
+
+
+@pytest.mark.skipif(not LOGS, reason="PROBUNLEARN_TEST_DATA is not set, or holds no tofu_eval_logs")
+@pytest.mark.parametrize("path", LOGS, ids=lambda p: p.stem)
+def test_rouge_l_recall_equals_the_stored_logs(path):
+    checked = 0
+    for log in json.loads(path.read_text(encoding="utf-8")).values():
+        for row, (_, answer, reference) in log["generated_text"].items():
+            assert rouge_l(answer, reference).recall == log["rougeL_recall"][row]
+            assert rouge_1(answer, reference).recall == log["rouge1_recall"][row]
+            checked += 1
+    assert checked > 500
+
+
+def test_key_words_and_exact_match_ignore_how_a_text_is_typed():
+    rng = random.Random(1)
+    for _ in range(300):
+        key = " ".join(rng.choice(("Quenby", "Straße", "東京", "O’Brien", "C++", "$5", "１９７９", "ﬁsh")) for _ in range(rng.randrange(1, 4)))
+        typed = rng.choice((str.upper, str.lower, str.casefold, str))(key.replace(" ", rng.choice(GAPS[:6])))
+        assert keywords_leaked(f"So, ({typed}) it was.", [key]) == 1, (typed, key)
+        assert exact_match(f" {typed}\n", key) == 1, (typed, key)
+
+
+def test_statistics_floor_loads_neither_torch_nor_a_stemmer():
+    code = "import sys, probunlearn.scores; print(*{'torch', 'nltk', 'pandas', 'rouge_score'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
