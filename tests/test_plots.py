@@ -1,0 +1,91 @@
+"""Plots from plain arrays: what their titles claim, what they draw, and what they leave alone."""
+import subprocess
+import sys
+
+import matplotlib
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from probunlearn.bounds import mean_bound, survival_bound
+from probunlearn.plots import COLOURS, answer_tree, bound_by_draws, method_board, score_density, style, survival_band
+
+RNG = np.random.default_rng(0)
+SAMPLES = {"zeros": np.zeros(200), "ones": np.ones(200), "one draw": np.array([.3]), "rare": np.r_[np.zeros(199), 1], "smooth": RNG.beta(2, 5, 300),
+           "atoms": np.where(RNG.random(300) < .5, 0, RNG.random(300)), "missing": np.r_[np.nan, RNG.random(50)]}
+BOARD = pd.DataFrame({"greedy": [1.0, 0], "mean": [.9, .01], "bound": [.95, .02], "retain": [.99, .98]}, index=["full", "NPO"])
+PLOTS = {"density": lambda x, ax: score_density(x, greedy=.2, bound=.4, ax=ax), "survival": lambda x, ax: survival_band(x, ax=ax),
+         "by draws": lambda x, ax: bound_by_draws(x, methods=("dkw",), ax=ax), "board": lambda x, ax: method_board(BOARD, ax=ax),
+         "tree": lambda x, ax: answer_tree(["a b", "a c"], [3, 1], [0, 1], ax=ax)}
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize("plot", PLOTS)
+@pytest.mark.parametrize("width", (6, 3.3))
+@pytest.mark.filterwarnings("error")
+def test_plots_draw_on_the_axes_given_at_any_width(plot, sample, width):
+    with style(): ax = plt.subplots(figsize=(width, 3))[1]
+    assert PLOTS[plot](SAMPLES[sample], ax) is ax
+    assert plt.get_fignums() == [ax.figure.number] and ax.get_title() and ax.get_xlabel()
+    ax.figure.canvas.draw()
+    assert ax.bbox.height > 40
+
+
+def test_a_plot_of_its_own_is_small_and_keeps_the_settings():
+    before = dict(plt.rcParams)
+    ax = score_density(SAMPLES["smooth"])
+    assert tuple(ax.figure.get_size_inches()) <= (6, 3.2) and dict(plt.rcParams) == before
+
+
+def test_density_holds_every_draw_once():
+    for x in SAMPLES.values():
+        ax = score_density(x)
+        needles = [segment[1][1] for segment in ax.collections[0].get_segments()]
+        assert sum(bar.get_height() for bar in ax.patches) + sum(needles) == pytest.approx(1)
+
+
+def test_titles_say_what_the_data_show():
+    assert score_density(SAMPLES["rare"], greedy=0).get_title() == "Greedy scores 0, yet 0.5 % of 200 draws score higher, up to 1"
+    assert score_density(SAMPLES["zeros"], greedy=0).get_title() == "Greedy scores 0; none of 200 draws scores higher"
+    assert "(1 missing)" in score_density(SAMPLES["missing"]).get_title()
+    assert method_board(BOARD).get_title().startswith("NPO has the lowest bound")
+    assert method_board(BOARD, reference=["NPO"]).get_title().startswith("full has the lowest bound")
+
+
+@pytest.mark.parametrize("sample", ("atoms", "missing", "rare"))
+@pytest.mark.parametrize("method", ("dkw", "bj"))
+def test_survival_band_is_the_bound_of_the_package(sample, method):
+    x = SAMPLES[sample]
+    ax = survival_band(x, alpha=.05, at=.25, method=method)
+    low, high = survival_bound(x, at=.25, alpha=.05, side="two-sided", method=method, missing="worst").value
+    assert ax.lines[-1].get_ydata()[1] == high
+    bottom = ax.collections[0].get_paths()[0].vertices
+    assert np.isclose(bottom[:, 1], low).any()
+
+
+def test_bound_by_draws_ends_at_the_bound_of_all_draws():
+    x = SAMPLES["atoms"]
+    line = bound_by_draws(x, alpha=.05, methods=("betting", "dkw")).lines
+    assert [l.get_ydata()[-1] for l in line] == [float(mean_bound(x, alpha=.05)), float(mean_bound(x, alpha=.05, method="dkw")), x.mean()]
+    assert line[0].get_color() == COLOURS["bound"] and line[-1].get_color() == COLOURS["draws"]
+
+
+def test_bad_input_is_refused_before_a_figure_is_made():
+    for call in (lambda: score_density([.2, 1.5]), lambda: score_density([[.2]]), lambda: survival_band([.2], alpha=0), lambda: survival_band([.2], method="x"),
+                 lambda: bound_by_draws([.2]*20, methods=("x",)), lambda: method_board(BOARD[["mean"]])):
+        with pytest.raises(ValueError): call()
+    assert not plt.get_fignums()
+
+
+def test_import_is_light():
+    code = "import sys, probunlearn.plots; print(*{'torch', 'seaborn', 'pandas', 'scipy.stats'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
