@@ -38,10 +38,10 @@ class Bound:
 
     def __str__(self):
         ends = np.moveaxis(np.asarray(self.value), -1, 0) if self.side == "two-sided" else [self.value]
-        sure = f"{100 * (1 - self.alpha):.6g} %" if self.alpha >= 1e-4 else f"1 - {self.alpha:.3g}"
+        sure = f"with confidence {100 * (1 - self.alpha):.6g} %" if self.alpha >= 1e-4 else f"with confidence 1 - {self.alpha:.3g}" if self.alpha else "with certainty"
         many = f" (range over {np.size(ends[0])} values)" if np.ndim(ends[0]) else ""
         facts = f"α = {self.alpha:.4g}", f"n = {_span(self.n, ',')}", self.sampling, self.scope, self.method, self.decoding
-        claim = f"{self.quantity} is {WORDS[self.side].format(*map(_span, ends))}{many} with confidence {sure}"
+        claim = f"{self.quantity} is {WORDS[self.side].format(*map(_span, ends))}{many} {sure}"
         return f"{claim[0].upper()}{claim[1:]} ({', '.join(filter(None, facts))})."
 
     __repr__ = __str__
