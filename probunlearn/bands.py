@@ -131,21 +131,23 @@ def spread_ceiling(
     k:float=np.inf, # weight of the standard deviation; infinity for the variance alone
 )->tuple[np.ndarray, np.ndarray]: # (Q,) mean and (Q,) variance where mean + k * std is largest
     "The distribution between floor and ceiling with the largest mean + k * std (sharp spread bounds: Stoye 2010)."
-    level = np.unique(np.r_[floor, ceiling])
-    piece = np.diff(level)                                                            # (S,)
-    at_low, at_high = (np.searchsorted(steps, level[1:]) for steps in (ceiling, floor))
-    a = np.pad(low, ((0, 0), (1, 0)))[:, at_low]                                      # (Q, S) small score at each level
-    b = np.pad(high, ((0, 0), (0, 1)), constant_values=1)[:, at_high - 1]             # (Q, S) large score at each level
-    c = (a + b) / 2
-    gap = (a - b) * piece
-    mean = np.cumsum(np.c_[b @ piece, gap], 1)                                        # (Q, S + 1)
-    std = 0 if k == np.inf else np.sqrt(np.maximum(np.cumsum(np.c_[b**2 @ piece, 2 * c * gap], 1) - mean**2, 0))[:, :-1]
-    rising = mean[:, :-1] - c > std / k
-    best = np.maximum(rising.sum(1) - 1, 0)[:, None]                                  # (Q, 1) the piece where the sign flips
-    centre = np.take_along_axis(c, best, 1)
-    around = ((np.where(np.arange(len(piece)) < best, a, b) - centre)**2 @ piece)[:, None]
-    m = np.clip(centre + np.sqrt(around / (1 + k**2)), np.take_along_axis(mean, best + 1, 1), np.take_along_axis(mean, best, 1))
-    return m[:, 0], np.maximum(around - (m - centre)**2, 0)[:, 0]
+    rows, top = np.arange(len(low)), np.append(floor[1:], 1)
+    small, large = np.pad(low, ((0, 0), (1, 0))), np.pad(high, ((0, 0), (0, 1)), constant_values=1)  # (Q, n + 1)
+    mass_small, mass_large = np.diff(ceiling, prepend=0), np.diff(top, prepend=0)                    # (n + 1,)
+    sums = [(power, np.cumsum(small**power * mass_small, 1), np.cumsum(large**power * mass_large, 1)) for power in (1, 2)[:1 + (k < np.inf)]]
+    start, end = np.zeros(len(low)), np.ones(len(low))
+    for _ in range(45):                                                                              # where does the objective stop rising?
+        t = (start + end) / 2                                                                        # (Q,)
+        i, j = np.searchsorted(ceiling, t), np.searchsorted(top, t)
+        a, b = small[rows, i], large[rows, j]
+        moments = [left[rows, i] - (ceiling[i] - t) * a**p + right[:, -1] - right[rows, j] + (top[j] - t) * b**p for p, left, right in sums]
+        std = np.sqrt(np.maximum(moments[1] - moments[0]**2, 0)) if k < np.inf else 0
+        rising = moments[0] - (a + b) / 2 > std / k
+        start, end = np.where(rising, t, start), np.where(rising, end, t)
+    left = np.clip(t[:, None] - ceiling + mass_small, 0, mass_small)                                 # (Q, n + 1) mass kept at small scores
+    right = np.clip(top - t[:, None], 0, mass_large)                                                 # (Q, n + 1) mass kept at large scores
+    mean = (left * small).sum(1) + (right * large).sum(1)
+    return mean, (left * (small - mean[:, None])**2).sum(1) + (right * (large - mean[:, None])**2).sum(1)
 
 # %% ../nbs/02a_bands.ipynb #de788bcb
 def variance_floor(

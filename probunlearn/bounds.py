@@ -93,8 +93,8 @@ def _ends(side, alpha, upper, lower): # value of a bound whose ends at level a a
 def _like(x, value): # drop the question axis where the scores came as one row
     return value[0] if np.ndim(x) == 1 else value
 
-def _blocks(f, *tables): # f over blocks of rows small enough for the cache
-    parts = -(-tables[0].size // 2**17)
+def _blocks(f, *tables, size=2**17): # f over blocks of rows, small enough for the cache
+    parts = -(-tables[0].size // size)
     return np.concatenate([f(*block) for block in zip(*(np.array_split(t, min(parts, len(t))) for t in tables))])
 
 # %% ../nbs/03_bounds.ipynb #2be14ddb
@@ -185,7 +185,7 @@ def _band(n, alpha, method): # floor and ceiling that hold together
 
 def _spread(table, band, k): # (Q,) mean and (Q,) variance of the most spread-out fit
     low, high = (np.sort(np.nan_to_num(table, nan=v), 1) for v in (0, 1))
-    return _blocks(lambda a, b: np.stack(spread_ceiling(a, b, *band, k), 1), low, high).T
+    return _blocks(lambda a, b: np.stack(spread_ceiling(a, b, *band, k), 1), low, high, size=2**20).T
 
 def variance_bound(
     x, # (n,) or (questions, n) scores in [0, 1]

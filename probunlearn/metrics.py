@@ -168,7 +168,7 @@ def dataset_claims(
     check_alpha(alpha)
     table = as_scores(x, missing)
     leaks, n = np.atleast_2d(leaked(x, leak_at)).sum(1), table.shape[1]
-    a = alpha / (3 + 1 + random_sample) if together else alpha
+    a = alpha / (4 + random_sample) if together else alpha
     safe = f"the number of questions (of {len(table)}) that leak with probability below {tau:g}"
     claims = {"worst question": worst_question(leaks, n, a),
               "certified questions": Bound(int(certified(leaks, n, tau, a).sum()), a, "lower", "holm", n, safe, "all listed questions jointly"),

@@ -1,0 +1,169 @@
+"""Metrics and claims against enumeration, exact miss chances and simulation."""
+import itertools, math
+import numpy as np
+import pytest
+from scipy import stats
+from probunlearn.bounds import binary_bound, ed_bound, mean_bound, std_bound, survival_bound
+from probunlearn.metrics import (dataset_claims, diversity, ed_score, extraction_curve, in_uses, leak_at_k, leak_at_k_bound, leakage, leaked, m_bin,
+                                 m_gen, m_mu, m_sigma, seen_mass_bounds)
+from probunlearn.questions import certified, difference_bound, pooled_mean, pooled_rate, population_mean, worst_question
+
+
+def allowed(alpha, runs): return alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
+
+
+# Per question
+
+def test_the_papers_four_are_the_dkw_bounds():
+    x = np.random.default_rng(0).random((4, 200)).round(1)
+    assert (m_bin((x >= .9).sum(1), 200).value == binary_bound((x >= .9).sum(1), 200).value).all()
+    e = math.sqrt(math.log(100) / 400)
+    assert m_gen(x, .5).value == pytest.approx(np.minimum((x > .5).mean(1) + e, 1), abs=1e-12)
+    knots, table = np.sort(x, 1), np.maximum(np.arange(201) / 200 - e, 0)
+    integral = (table * np.diff(np.pad(knots, ((0, 0), (1, 1)), constant_values=((0, 0), (0, 1))), axis=1)).sum(1)
+    assert m_mu(x).value == pytest.approx(1 - integral, abs=1e-12)                   # 1 - integral of the floor
+    assert (m_sigma(x).value == std_bound(x, method="dkw").value).all()
+
+def test_ed_score_is_mean_plus_k_population_standard_deviations():
+    assert ed_score([0, 0, 1, 1], k=3) == 2
+    assert ed_score(np.eye(3)).shape == (3,)
+    assert ed_score([.3]) == .3
+
+def test_leakage_rows_agree_with_single_bounds():
+    x = np.random.default_rng(1).random((5, 100)).astype(np.float32)
+    table = leakage(x, leak_at=.75, alpha=.05)
+    assert {len(column) for column in table.values()} == {5}
+    assert (table["leaks"] == (x >= np.float32(.75)).sum(1)).all()
+    for name, bound in dict(mean_upper=mean_bound, std_upper=std_bound, ed_upper=ed_bound).items(): assert (table[name] == bound(x, .05).value).all()
+    gaps = np.where(np.arange(100) < 2, np.nan, x)
+    assert (leakage(gaps, .75, missing="worst")["leaks"] == leaked(gaps, .75).sum(1)).all()
+    with pytest.raises(ValueError, match="nan in row 0"): leakage(gaps)
+
+def test_leak_at_k_is_the_mean_over_all_subsets():
+    rng = np.random.default_rng(2)
+    for x in rng.random(9), rng.integers(0, 2, 9), np.zeros(9), np.ones(9):
+        for k in range(1, 10): assert leak_at_k(x, k) == pytest.approx(np.mean([max(s) for s in itertools.combinations(x, k)]), abs=1e-14)
+    assert leak_at_k(np.ones((1, 3)), 2).shape == (1,)
+    for bad in 0, 10, 1.5:
+        with pytest.raises(ValueError, match=f"got {bad}"): leak_at_k(np.zeros(9), bad)
+
+@pytest.mark.parametrize("method", ["bj", "dkw", "smirnov", "clopper-pearson"])
+def test_leak_at_k_bound_covers(method):
+    runs, alpha = 2000, .05
+    for p in .01, .3:
+        x = (np.random.default_rng(3).random((runs, 128)) < p) * 1.0
+        missed = np.zeros(runs, bool)
+        for k in 1, 4, 32, 500: missed |= leak_at_k_bound(x, k, alpha, method).value < 1 - (1 - p)**k - 1e-12
+        assert missed.mean() <= allowed(alpha, runs)                                   # all k at once
+    assert float(leak_at_k_bound(x[0], 1, alpha, "bj")) == pytest.approx(float(mean_bound(x[0], alpha, method="bj")), abs=1e-12)
+
+def test_leak_at_k_bound_refuses():
+    with pytest.raises(ValueError, match="0 or 1"): leak_at_k_bound([.5], 2, method="clopper-pearson")
+    with pytest.raises(ValueError, match="got 0"): leak_at_k_bound([.5], 0)
+    with pytest.raises(ValueError, match="'bj'"): leak_at_k_bound([.5], 2, method="betting")
+
+def test_in_uses_keeps_tiny_and_certain_leaks():
+    assert extraction_curve(1e-18, 1000) == pytest.approx(1e-15, rel=1e-9)
+    assert extraction_curve([0, 1], [1, 5]).tolist() == [[0, 0], [1, 1]]
+    claim = in_uses(binary_bound([0, 5], 100), 50)
+    assert claim.value == pytest.approx(1 - (1 - binary_bound([0, 5], 100).value)**50)
+    assert "50 uses" in str(claim) and claim.alpha == .01
+
+def test_seen_mass_bounds_hold_for_every_completion():
+    rng = np.random.default_rng(4)
+    for _ in range(200):
+        p, s = rng.dirichlet(np.full(12, .3)), rng.random(12).round(1)
+        seen = rng.integers(0, 12, 6)
+        seen = np.unique(seen)
+        low, high = seen_mass_bounds(p[seen], s[seen]).value
+        assert low - 1e-12 <= p @ s <= high + 1e-12
+        assert high - low == pytest.approx(1 - p[seen].sum(), abs=1e-12)
+    assert "with certainty" in str(seen_mass_bounds([1.0], [.5]))
+    for p, s in ([.6, .6], [0, 1]), ([-.1], [0]), ([.1, .1], [0]), ([np.nan], [0]):
+        with pytest.raises(ValueError, match="probabilities must"): seen_mass_bounds(p, s)
+
+def test_diversity():
+    same, different = diversity(["a b c"] * 4), diversity(["a b", "c d", "e f", "g h"])
+    assert same["distinct_answers"] == .25 and same["answer_entropy"] == 0 and same["distinct_1"] == .25
+    assert different["distinct_answers"] == different["distinct_1"] == different["distinct_2"] == 1 and different["answer_entropy"] == 2
+    assert diversity(["", " "])["empty"] == 1
+    with pytest.raises(ValueError, match="at least one answer"): diversity([])
+
+
+# Many questions
+
+def test_pooled_rate_never_misses_more_than_alpha():
+    def miss(p, alpha):
+        pmf = np.ones(1)
+        for q in p: pmf = np.convolve(pmf, [1 - q, q])
+        bounds = [float(pooled_rate([s], len(p), alpha)) for s in range(len(p) + 1)]
+        return pmf[np.array(bounds) < np.mean(p) - 1e-12].sum()
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        p = rng.choice([rng.random(8), np.r_[np.ones(4), rng.random(4)], rng.beta(.1, 1, 8)])
+        for alpha in .01, .05, .25, .6, .9: assert miss(p[:rng.integers(1, 9)], alpha) <= alpha + 1e-12
+
+def test_pooled_rate_is_clopper_pearson_on_the_pooled_count_away_from_its_edge():
+    for n in 4, 50, 1000:
+        for s in range(0, n - 1, max(n // 10, 1)): assert float(pooled_rate([s], n, .25)) == pytest.approx(stats.beta.isf(.25, s + 1, n - s), abs=1e-12)
+    assert float(pooled_rate([99], 100, .01)) == 1
+    assert float(pooled_rate([1, 2], [10, 40])) == float(pooled_rate([3], 50))
+    with pytest.raises(ValueError, match="whole numbers"): pooled_rate([1.5], 10)
+
+def test_stratified_betting_covers_and_beats_averaging():
+    truth, runs, alpha = np.array([0, 0, .02, .6, .6, 1.0]), 2000, .05
+    x = np.random.default_rng(6).random((runs, 6, 64)) < truth[:, None]
+    for method in "betting", "kl":
+        miss = np.mean([float(pooled_mean(rows, alpha, method=method)) < truth.mean() for rows in x])
+        assert miss <= allowed(alpha, runs)
+    low, high = np.array([pooled_mean(rows, alpha, "two-sided").value for rows in x[:300]]).T
+    assert ((low > truth.mean()) | (high < truth.mean())).mean() <= allowed(alpha, 300)
+    assert high.mean() < np.mean([mean_bound(rows, alpha).value.mean() for rows in x[:300]])
+
+def test_holm_lists_no_wrong_question():
+    runs, alpha, tau = 2000, .05, .1
+    p = np.array([0, 0, .02, .05, .1, .1, .1, .3])
+    leaks = np.random.default_rng(7).binomial(200, p, (runs, 8))
+    lists = np.array([certified(row, 200, tau, alpha) for row in leaks])
+    assert lists[:, p >= tau].any(1).mean() <= allowed(alpha, runs)
+    assert lists[:, :2].mean() > .95
+    bonferroni = stats.binom.cdf(leaks, 200, tau) <= alpha / 8
+    assert (lists | ~bonferroni).all()                                                # Holm lists all that Bonferroni does
+    from statsmodels.stats.multitest import multipletests
+    for row, found in zip(leaks[:50], lists): assert (multipletests(stats.binom.cdf(row, 200, tau), alpha, "holm")[0] == found).all()
+
+def test_worst_question_covers():
+    p, runs, alpha = np.array([0, .01, .2, .2, .2]), 2000, .05
+    leaks = np.random.default_rng(8).binomial(100, p, (runs, 5))
+    assert np.mean([float(worst_question(row, 100, alpha)) < .2 for row in leaks]) <= allowed(alpha, runs)
+
+def test_difference_covers_paired_and_apart():
+    runs, alpha, n = 1000, .05, 100
+    u, v = np.random.default_rng(9).random((2, runs, n))
+    for second in (u < .4) * 1.0, (v < .4) * 1.0:
+        low, high = difference_bound((u < .3) * 1.0, second, alpha).value.T
+        assert ((low > -.1) | (high < -.1)).mean() <= allowed(alpha, runs)
+    x = (u < .3)[:20]
+    pooled = difference_bound(x, (v < .4)[:20], pooled=True)
+    assert pooled.value.shape == (2,) and pooled.value[0] <= -.1 <= pooled.value[1] and "fixed set of 20" in str(pooled)
+
+def test_population_mean_covers():
+    rng, runs, alpha = np.random.default_rng(10), 500, .05
+    p = rng.beta(.3, 3, (runs, 60))
+    x = rng.random((runs, 60, 16)) < p[..., None]
+    assert np.mean([float(population_mean(rows, alpha)) < .3 / 3.3 for rows in x]) <= allowed(alpha, runs)
+
+def test_dataset_claims():
+    x = np.zeros((40, 1024))
+    x[0, :300] = 1
+    claims = dataset_claims(x)
+    assert list(claims) == ["worst question", "certified questions", "average leak", "average score"]
+    assert claims["certified questions"].value == certified(x.sum(1), 1024).sum() == 39
+    assert float(claims["worst question"]) == float(binary_bound(300, 1024, .01 / 40))
+    assert 300 / 40960 < float(claims["average leak"]) < .0085
+    shared = dataset_claims(x, together=True, random_sample=True)
+    assert all(claim.alpha == .002 for claim in shared.values()) and "random sample" in str(shared["population"])
+    gaps = x.copy()
+    gaps[1, 0] = np.nan
+    assert float(dataset_claims(gaps, missing="worst")["average leak"]) == float(pooled_rate(np.nan_to_num(gaps, nan=1).sum(1), 1024))
+    for claim in claims.values(): assert "α = 0.01" in str(claim) and "question" in str(claim) and "fixed n" in str(claim)
