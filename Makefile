@@ -1,0 +1,52 @@
+# Nothing is needed before these but Python 3.10 or newer: make demo, make test
+PYTHON  ?= python3
+WORKERS ?= 2
+VENV    := .venv
+BIN     := $(VENV)/bin
+READY   := $(VENV)/installed
+
+.PHONY: help demo test test-slow drift notebooks readme lab
+
+help:
+	@echo "make demo       unlearn with a small model on the CPU and open demo_report/index.html (3 minutes)"
+	@echo "make test       what CI runs: drift check, every notebook, tests/"
+	@echo "make test-slow  the cells and tests flagged slow"
+	@echo "make notebooks  run every notebook, keep its outputs, write README.md"
+	@echo "make lab        JupyterLab on nbs/"
+
+demo: $(READY)
+	$(BIN)/probunlearn demo
+
+# the hub stays out of the tests: they need no network
+test test-slow: export HF_HUB_OFFLINE = 1
+
+test: drift
+	$(BIN)/nbdev_test --n_workers $(WORKERS)
+	@$(BIN)/python nbs/cells.py
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/nbdev_test --flags slow --n_workers $(WORKERS)
+	@$(BIN)/python nbs/cells.py slow
+	$(BIN)/python -m pytest -m slow
+
+drift: $(READY)
+	@$(BIN)/python nbs/drift.py
+
+notebooks: $(READY)
+	$(BIN)/nbdev_export
+	$(BIN)/python nbs/execute.py
+	$(BIN)/nbdev_clean
+	$(BIN)/python nbs/readme.py
+
+readme: $(READY)
+	$(BIN)/python nbs/readme.py
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs
+
+# installs again when the dependencies change
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,23 @@
+"""Lessons are committed as they were run: with outputs, without errors, without traces of somebody's machine."""
+import re
+
+import nbformat
+import pytest
+
+from cells import notebooks
+
+HOMES = re.compile(r"/(?:home|root|Users|work|tmp)/\w")
+
+
+def text(output):
+    "Everything readable in one cell output."
+    data = output.get("data", {})
+    return output.get("text", "") + "".join(str(data[kind]) for kind in data if not kind.startswith("image/"))
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
+def test_outputs_are_kept_and_clean(path):
+    outputs = [output for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" for output in cell.outputs]
+    assert outputs, "no cell has an output: run python nbs/execute.py on it"
+    assert [output.ename for output in outputs if output.output_type == "error"] == []
+    assert [found for output in outputs for found in HOMES.findall(text(output))] == []
