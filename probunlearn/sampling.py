@@ -167,7 +167,7 @@ def sample(
     prompts = _prompts(lm, tok, qas, decoding, template)
     blocks = [(q, start, min(start + BLOCK, n)) for q in range(len(qas)) for start in range(0, n, BLOCK)]
     drawn = [([], []) for _ in qas]
-    for i in tqdm(range(0, len(blocks), merge), "drawing", delay=3, disable=not progress, unit="batch"):
+    for i in tqdm(range(0, len(blocks), merge), "drawing", delay=3, mininterval=1, disable=not progress, unit="batch"):
         batch = blocks[i:i + merge]
         asked = sorted({q for q, *_ in batch})
         streams = torch.cat([draw_streams(seed, qas[q].id, start, stop, lm.device) for q, start, stop in batch])
