@@ -3,6 +3,7 @@
 `make test` leaves these out, as nbdev_test runs the same cells.
 """
 import os
+from functools import lru_cache
 
 import pytest
 from execnb.shell import CaptureShell
@@ -13,23 +14,20 @@ FLAGS = os.environ.get("NBFLAGS", "").split()
 CELLS = {path: code_cells(path) for path in notebooks()}
 
 
-@pytest.fixture(scope="module")
-def lesson(request):
-    "A shell for one notebook, with its cells that are still to run."
-    os.environ["IN_TEST"] = "1"     # as in nbdev_test
-    yield CaptureShell(request.param), list(enumerate(CELLS[request.param]))
-    del os.environ["IN_TEST"]
+@lru_cache(maxsize=1)
+def lesson(path):
+    "A shell for the notebook at `path`, and its cells that are still to run."
+    return CaptureShell(path), list(enumerate(CELLS[path]))
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("lesson, number", [(path, i) for path, cells in CELLS.items() for i in range(len(cells))], indirect=["lesson"],
-                         ids=[f"{path.stem}-{i:02}" for path, cells in CELLS.items() for i in range(len(cells))])
-def test_cell(lesson, number, request, monkeypatch):
-    shell, waiting = lesson
-    path = request.node.callspec.params["lesson"]
+@pytest.mark.parametrize("path, number", [pytest.param(path, i, id=f"{path.stem}-{i:02}") for path, cells in CELLS.items() for i in range(len(cells))])
+def test_cell(path, number, monkeypatch):
     if reason := skip_reason(CELLS[path][number], FLAGS): pytest.skip(reason)
-    if shell.exc: pytest.skip("an earlier cell failed")
+    monkeypatch.setenv("IN_TEST", "1")      # as in nbdev_test
     monkeypatch.chdir(path.parent)
+    shell, waiting = lesson(path)
+    if shell.exc: pytest.skip("an earlier cell failed")
     while waiting and waiting[0][0] <= number:     # also the cells before, when this one is selected alone
         i, cell = waiting.pop(0)
         if not skip_reason(cell, FLAGS): shell.cell(cell)
