@@ -1,0 +1,67 @@
+"""Small models and tokenizers that the tests share: real architectures with random weights, so that nothing is downloaded."""
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig, PhiForCausalLM
+
+from probunlearn.data import QA, Template
+
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, initializer_range=.4)
+KINDS = {"llama": dict(num_key_value_heads=2), "gpt_neox": {}, "phi": {}, "qwen2": dict(num_key_value_heads=2),
+         "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=.4), "mistral": dict(num_key_value_heads=2, sliding_window=5),
+         "gemma": dict(num_key_value_heads=1, head_dim=8), "gemma2": dict(num_key_value_heads=2, head_dim=8, sliding_window=5, query_pre_attn_scalar=8)}
+BARE = Template(prompt="{question}", answer="{answer}")     # for tokenizers that know no words
+
+
+class LetterTok:
+    "One token per character: its code modulo the vocabulary without the end token, which is the last one."
+    pad_token_id, chat_template = 0, None
+    def __init__(self, vocab): self.vocab, self.eos_token_id = vocab, vocab - 1
+    def __len__(self): return self.vocab
+    def decode(self, ids, skip_special_tokens=False): return " ".join(str(int(i)) for i in ids if not skip_special_tokens or i != self.eos_token_id)
+    def __call__(self, text, add_special_tokens=True, return_offsets_mapping=False):
+        return dict(input_ids=[ord(c) % (self.vocab - 1) for c in text], offset_mapping=[(i, i + 1) for i in range(len(text))])
+
+
+def random_lm(kind="llama", vocab=16, seed=0, dtype=torch.float64, ends=None, **options):
+    "A small causal LM of the given architecture with random, not too flat weights."
+    torch.manual_seed(seed)
+    sizes = KINDS[kind] if kind == "gpt2" else SIZES | KINDS[kind]
+    config = AutoConfig.for_model(kind, **sizes | dict(vocab_size=vocab, eos_token_id=vocab - 1, bos_token_id=None, pad_token_id=0) | options)
+    lm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    lm.generation_config.eos_token_id = ends if ends is not None else vocab - 1
+    lm.generation_config.pad_token_id = 0
+    return lm
+
+
+def constant_lm(probabilities, dtype=torch.float64):
+    "A model whose next-token distribution is the same after every prefix; the last token ends an answer."
+    torch.manual_seed(0)
+    vocab = len(probabilities)
+    lm = PhiForCausalLM(PhiConfig(**SIZES | dict(vocab_size=vocab, bos_token_id=None, eos_token_id=vocab - 1, pad_token_id=0))).to(dtype).eval()
+    lm.lm_head.weight.data.zero_()
+    lm.lm_head.bias.data = torch.tensor([math.log(p) if p else -math.inf for p in probabilities], dtype=dtype)
+    lm.generation_config.eos_token_id = vocab - 1
+    return lm
+
+
+def letters(count, longest=9, seed=0):
+    "Questions of random letters, of different lengths."
+    rng = torch.Generator().manual_seed(seed)
+    def word(): return "".join(chr(97 + int(c)) for c in torch.randint(26, (int(torch.randint(2, longest, (1,), generator=rng)),), generator=rng))
+    return [QA(f"q{i}", word(), "x") for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def full():
+    "The packaged model that knows every author; don't train it."
+    from probunlearn.models import small_lm
+    return small_lm("full", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def retain():
+    "The packaged model that never saw the forget authors; don't train it."
+    from probunlearn.models import small_lm
+    return small_lm("retain", device="cpu")

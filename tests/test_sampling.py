@@ -1,0 +1,295 @@
+"""The sampler against transformers' `generate`, exact enumeration, and a plain one-draw-at-a-time reference."""
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from conftest import BARE, KINDS, LetterTok, constant_lm, letters, random_lm
+from probunlearn.data import QA, encode_prompt, fictional_authors
+from probunlearn.draws import Decoding
+from probunlearn.sampling import draw_streams, greedy, sample, splitmix64, token_law
+
+SETTINGS = {"plain": Decoding(), "temperature": Decoding(temperature=.6), "top-k": Decoding(top_k=3), "top-p": Decoding(top_p=.8),
+            "all three": Decoding(temperature=1.4, top_k=4, top_p=.9)}
+
+
+# --- greedy ---------------------------------------------------------------------------------------------------------------------------------
+
+def generated(lm, prompts, max_new_tokens):
+    "transformers' greedy answers to left-padded prompts, each cut behind its first end token."
+    width, ends = max(map(len, prompts)), lm.generation_config.eos_token_id
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    out = lm.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)[:, width:].tolist()
+    ends = set(ends if isinstance(ends, list) else [ends])
+    stops = [next((i + 1 for i, t in enumerate(line) if t in ends), len(line)) for line in out]
+    return [tuple(line[:stop]) for line, stop in zip(out, stops)]
+
+
+def first_tokens(draws): return [tuple(d.tokens[0]) for d in draws]
+
+
+def test_greedy_equals_generate_on_the_packaged_models(full, retain):
+    "50 prompts; one by one and as one left-padded batch; the retain model improvises on the last 40."
+    qas, decoding = fictional_authors()[-50:], Decoding(max_new_tokens=32)
+    for lm, tok in (full, retain):
+        prompts = [encode_prompt(tok, qa.question) for qa in qas]
+        alone = [generated(lm, [p], 32)[0] for p in prompts]
+        assert first_tokens(greedy(lm, tok, qas, decoding, merge=1)) == alone
+        assert first_tokens(greedy(lm, tok, qas, decoding, merge=50)) == alone == generated(lm, prompts, 32)
+
+
+@pytest.mark.parametrize("kind,dtype", [(k, d) for k in KINDS for d in (torch.float64, torch.float32) if (k, d) != ("gemma2", torch.float64)])
+def test_greedy_equals_generate_on_every_architecture(kind, dtype):
+    "Three end tokens of 24; prompts longer than the sliding window. (Padded Gemma 2 is NaN in float64 by transformers' own forward pass.)"
+    lm, tok, qas = random_lm(kind, 24, dtype=dtype, ends=[4, 11, 23]), LetterTok(24), letters(50, longest=14)
+    prompts, ours = [encode_prompt(tok, qa.question, BARE) for qa in qas], {}
+    for merge in (1, 50):
+        draws = greedy(lm, tok, qas, Decoding(max_new_tokens=12), BARE, merge=merge)
+        ours[merge] = first_tokens(draws)
+        assert [bool(d.finished[0]) for d in draws] == [s[-1] in (4, 11, 23) for s in ours[merge]]
+    assert ours[1] == [generated(lm, [p], 12)[0] for p in prompts]
+    assert ours[50] == generated(lm, prompts, 12)
+    assert any(len(s) == 12 for s in ours[1]) and any(len(s) < 12 for s in ours[1])     # the test saw both kinds
+
+
+# --- exact laws -----------------------------------------------------------------------------------------------------------------------------
+
+def warped(logits, decoding):
+    "transformers' own next-token distribution of float64 logits (1, V)."
+    if decoding.temperature != 1: logits = TemperatureLogitsWarper(decoding.temperature)(None, logits)
+    if decoding.top_k: logits = TopKLogitsWarper(decoding.top_k)(None, logits)
+    if decoding.top_p < 1: logits = TopPLogitsWarper(decoding.top_p)(None, logits)
+    return logits.softmax(-1)[0]
+
+
+class Oracle:
+    "Next-token distributions by one full forward pass per prefix, without cache or batch."
+    def __init__(self, lm): self.lm, self.seen = lm, {}
+
+    @torch.no_grad()
+    def law(self, prefix, decoding):
+        if prefix not in self.seen: self.seen[prefix] = self.lm(input_ids=torch.tensor([prefix]), use_cache=False).logits[:, -1].double()
+        return warped(self.seen[prefix], decoding).numpy()
+
+    def enumerate(self, prompt, decoding, depth, end, answer=(), p=1.):
+        "{answer: probability} of every answer that can be drawn."
+        if len(answer) == depth or answer[-1:] == (end,): return {answer: p}
+        law = self.law(tuple(prompt) + answer, decoding)
+        return {a: q for t in np.flatnonzero(law) for a, q in self.enumerate(prompt, decoding, depth, end, answer + (int(t),), p * law[t]).items()}
+
+
+def with_tokens(decoding, limit): return Decoding(decoding.temperature, decoding.top_p, decoding.top_k, limit)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_frequencies_and_probabilities_equal_exact_enumeration(setting):
+    "Chi-square on 7 tokens, 3 deep, for 5 fixed seeds. A right sampler fails 1 of 10,000 tests, with fresh seeds all 25 in 1 of 400 runs; with these it never does."
+    lm, tok, qa, decoding = random_lm("llama", 7, seed=3, initializer_range=.12), LetterTok(7), QA("q", "abc", "x"), with_tokens(SETTINGS[setting], 3)
+    exact = Oracle(lm).enumerate(encode_prompt(tok, qa.question, BARE), decoding, 3, tok.eos_token_id)
+    assert abs(sum(exact.values()) - 1) < 1e-9 and any(len(a) < 3 for a in exact)
+    for seed in range(5):
+        d, n = sample(lm, tok, [qa], 10_000, decoding, seed, BARE, merge=40)[0], 10_000
+        answers = [tuple(a) for a in d.tokens]
+        assert set(answers) <= set(exact)                                       # nothing outside the nucleus
+        np.testing.assert_allclose(np.exp(d.logprobs), [exact[a] for a in answers], rtol=1e-9)
+        assert np.exp(d.logprobs).sum() <= 1 + 1e-6
+        counts, expected = dict(zip(answers, d.counts)), np.array([n * p for p in exact.values()])
+        seen, small = np.array([counts.get(a, 0) for a in exact]), expected < 5
+        cells = [(seen[~small], expected[~small])] + [(seen[small].sum(keepdims=True), expected[small].sum(keepdims=True))] * bool(small.any())
+        seen, expected = (np.concatenate(c) for c in zip(*cells))
+        assert len(seen) > 5 and chisquare(seen, expected * seen.sum() / expected.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("decoding", [Decoding(top_k=2, max_new_tokens=4), Decoding(temperature=.7, top_p=.7, max_new_tokens=3)], ids=str)
+def test_probabilities_sum_to_one_when_everything_was_drawn(decoding):
+    lm, tok, qa = random_lm("llama", 6, seed=1), LetterTok(6), QA("q", "ab", "x")
+    exact = Oracle(lm).enumerate(encode_prompt(tok, "ab", BARE), decoding, decoding.max_new_tokens, tok.eos_token_id)
+    d = sample(lm, tok, [qa], 8192, decoding, template=BARE, merge=32)[0]
+    assert {tuple(a) for a in d.tokens} == set(exact)
+    assert abs(np.exp(d.logprobs).sum() - 1) < 1e-9
+
+
+def test_seen_mass_of_packaged_models_is_at_most_one(full, retain):
+    for lm, tok in (full, retain):
+        for d in sample(lm, tok, fictional_authors("forget01"), 256, Decoding(max_new_tokens=24)):
+            assert 0 < np.exp(d.logprobs).sum() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("scale", [1, 8])
+def test_token_law_equals_transformers_warpers(setting, scale):
+    "On 20 random rows of 3,000 tokens, some impossible: whole parts of 2^52 that round the float64 probabilities and reach no token that these don't."
+    logits = torch.randn(20, 3000, dtype=torch.float64, generator=torch.manual_seed(scale)) * scale
+    logits[:, ::7] = -torch.inf
+    how = SETTINGS[setting]
+    law = token_law(logits, how.temperature, how.top_k, how.top_p)
+    expected = torch.stack([warped(z[None], how) for z in logits])
+    assert (law >= 0).all() and (law.sum(-1) == 2**52).all() and not law[expected == 0].any()
+    assert (law.double() / 2**52 - expected).abs().max() < 1e-11 and (law[expected > 2**-51] > 0).all()
+
+
+def test_every_possible_token_of_a_large_vocabulary_is_reachable():
+    "A float32 cumulative sum loses a fifth of these 51,200 tokens."
+    logits = torch.randn(1, 51_200, generator=torch.manual_seed(0)) * 3
+    assert (token_law(logits, 1.) > 0).all()
+
+
+def test_ties_belong_to_the_nucleus_and_to_the_top_k():
+    flat = torch.tensor([[2., 1., 1., 1., 0.]])
+    assert (token_law(flat, 1., top_k=2) > 0).tolist() == (token_law(flat, 1., top_p=.6) > 0).tolist() == [[True] * 4 + [False]]
+
+
+# --- streams --------------------------------------------------------------------------------------------------------------------------------
+
+MASK = 2**64 - 1
+
+
+def splitmix(seed, t):
+    "SplitMix64 of Steele, Lea and Flood on Python integers."
+    z = (seed + (t + 1) * 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def stream(seed, id, i): return splitmix(int.from_bytes(hashlib.blake2b(f"{seed}/{id}".encode(), digest_size=8).digest(), "big"), i)
+
+
+def test_splitmix64_equals_integer_arithmetic():
+    seeds = [0, 1, 1234567, 2**63 - 1, 2**63, MASK, 0xDEADBEEFCAFEBABE]
+    signed = torch.tensor([s - 2**64 if s >= 2**63 else s for s in seeds])
+    for t in (0, 1, 7, 4095): assert [int(z) % 2**64 for z in splitmix64(signed, t)] == [splitmix(s, t) for s in seeds]
+    assert splitmix(1234567, 0) == 6457827717110365317                          # the published first output for this seed
+
+
+def test_streams_are_keyed_by_seed_question_and_draw():
+    keys = list(itertools.product((0, 1, -5, 10**12), ("a", "b", "", "é", "1/a"), range(300)))
+    streams = {(s, q): draw_streams(s, q, 0, 300) for s, q, _ in keys}
+    assert all(int(streams[s, q][i]) % 2**64 == stream(s, q, i) for s, q, i in keys[::37])
+    assert len({int(streams[s, q][i]) for s, q, i in keys}) == len(keys)
+    assert draw_streams(3, "q", 100, 120).tolist() == draw_streams(3, "q", 0, 300)[100:120].tolist()
+
+
+# --- the tree -------------------------------------------------------------------------------------------------------------------------------
+
+def one_draw(oracle, prompt, decoding, end, seed, id, i):
+    "Draw `i`, token by token: inverse CDF of its own stream."
+    answer, logprob = (), 0.
+    while len(answer) < decoding.max_new_tokens and answer[-1:] != (end,):
+        law = oracle.law(tuple(prompt) + answer, decoding)
+        token = int(np.searchsorted(law.cumsum(), (splitmix(stream(seed, id, i), len(answer)) >> 12) / 2**52, side="right"))
+        answer, logprob = answer + (token,), logprob + np.log(law[token])
+    return answer, logprob
+
+
+def sequences(d): return [tuple(d.tokens[i]) for i in d.index]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "phi", "qwen2", "gpt2", "mistral", "gemma"])
+def test_tree_equals_one_draw_at_a_time(kind):
+    "Every draw and its probability, with early ends, for prompts of three lengths grown in one padded batch."
+    lm, tok = random_lm(kind, 12, seed=5, initializer_range=.15), LetterTok(12)
+    oracle, qas = Oracle(lm), [QA("one", "k", "x"), QA("two", "probably", "x"), QA("three", "ties", "x")]
+    for decoding in (Decoding(max_new_tokens=7), Decoding(top_p=.9, max_new_tokens=7), Decoding(temperature=.8, top_k=4, max_new_tokens=7)):
+        for qa, d in zip(qas, sample(lm, tok, qas, 40, decoding, 11, BARE, merge=3)):
+            expected, logprobs = zip(*(one_draw(oracle, encode_prompt(tok, qa.question, BARE), decoding, 11, 11, qa.id, i) for i in range(40)))
+            assert sequences(d) == list(expected)
+            np.testing.assert_allclose(d.logprobs[d.index], logprobs, atol=1e-10)
+            assert list(d.finished[d.index]) == [s[-1] == 11 for s in expected]
+            assert len(set(expected)) > 5
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_float64_draws_depend_on_nothing_but_their_stream(kind):
+    "2,048 draws continue 1,024; other questions and the batching change nothing."
+    lm, tok, qas, decoding = random_lm(kind, 20, seed=2, initializer_range=.15), LetterTok(20), letters(4), Decoding(top_p=.95, max_new_tokens=6)
+    all_of = sample(lm, tok, qas, 2048, decoding, 5, BARE)
+    for other in (sample(lm, tok, qas, 1024, decoding, 5, BARE), sample(lm, tok, qas[::-1], 700, decoding, 5, BARE, merge=8)[::-1],
+                  [sample(lm, tok, [qa], 300, decoding, 5, BARE, merge=2)[0] for qa in qas]):
+        for a, b in zip(all_of, other):
+            assert sequences(a)[:b.n] == sequences(b)
+            np.testing.assert_allclose(a.logprobs[a.index][:b.n], b.logprobs[b.index], atol=1e-11)
+
+
+def test_float32_blocks_are_bit_identical():
+    "In blocks of 256 neither n nor other questions change a bit, even on a model large enough for rounding to show."
+    lm, tok, qas = random_lm("llama", 512, dtype=torch.float32, hidden_size=192, intermediate_size=384, initializer_range=.06), LetterTok(512), letters(2)
+    decoding = Decoding(max_new_tokens=6)
+    most = sample(lm, tok, qas, 800, decoding, template=BARE)
+    for n, other in ((768, sample(lm, tok, qas, 768, decoding, template=BARE)), (256, sample(lm, tok, qas[1:], 300, decoding, template=BARE))):
+        for a, b in zip(most[::-1], other[::-1]):
+            assert sequences(a)[:n] == sequences(b)[:n]
+            assert (a.logprobs[a.index][:n] == b.logprobs[b.index][:n]).all()
+
+
+def test_seeds_give_different_draws_and_the_same_seed_the_same(retain):
+    lm, tok = retain
+    a, b, c = (sample(lm, tok, fictional_authors("forget01")[:1], 64, Decoding(max_new_tokens=12), seed)[0] for seed in (0, 0, 1))
+    assert a.texts == b.texts != c.texts and (a.seed, c.seed) == (0, 1)
+    assert a.decoding == Decoding(max_new_tokens=12) and a.id == fictional_authors("forget01")[0].id
+
+
+def test_answers_end_at_every_end_token_of_model_and_tokenizer():
+    "The generation config names two end tokens, the tokenizer a third."
+    lm, tok = random_lm("llama", 9, ends=[2, 5]), LetterTok(9)
+    d = sample(lm, tok, [QA("q", "ab", "x")], 2000, Decoding(max_new_tokens=6), template=BARE, merge=8)[0]
+    assert all(not set(s[:-1]) & {2, 5, 8} for s in sequences(d))
+    assert {s[-1] for s in sequences(d) if len(s) < 6} == {2, 5, 8}
+    assert list(d.finished) == [s[-1] in (2, 5, 8) for s in d.tokens]
+
+
+def test_impossible_tokens_are_never_drawn():
+    "A logit of minus infinity (a padded vocabulary) is a probability of 0."
+    d = sample(constant_lm([.5, 0, .3, .2]), LetterTok(4), [QA("q", "a", "x")], 2000, Decoding(max_new_tokens=4), template=BARE, merge=8)[0]
+    assert not any(1 in s for s in d.tokens)
+    assert np.allclose(np.exp(d.logprobs), [np.prod([(.5, 0, .3, .2)[t] for t in s]) for s in d.tokens])
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n", [0, -1, 1.5])
+def test_a_wrong_n_is_named(n):
+    with pytest.raises(ValueError, match="n must be a whole number >= 1"): sample(constant_lm([.5, .5]), LetterTok(2), letters(1), n, template=BARE)
+
+
+def test_questions_must_be_there_with_ids_of_their_own():
+    lm, tok = constant_lm([.5, .5]), LetterTok(2)
+    for draw in (lambda qas: sample(lm, tok, qas, 2, template=BARE), lambda qas: greedy(lm, tok, qas, template=BARE)):
+        with pytest.raises(ValueError, match="no questions"): draw([])
+        with pytest.raises(ValueError, match="duplicate question id 'q0'"): draw(letters(2) + letters(1))
+
+
+def test_a_full_context_is_named():
+    with pytest.raises(ValueError, match=r"'q0': 3 prompt tokens and max_new_tokens=126 exceed the model's 128"):
+        sample(constant_lm([.5, .5]), LetterTok(2), [QA("q0", "abc", "x")], 2, Decoding(max_new_tokens=126), template=BARE)
+
+
+@pytest.mark.parametrize("draw", [lambda *a: sample(*a, 2, template=BARE), lambda *a: greedy(*a, template=BARE)])
+def test_a_model_without_end_is_refused(draw):
+    lm, tok = constant_lm([.5, .5]), LetterTok(2)
+    lm.generation_config.eos_token_id = tok.eos_token_id = None
+    with pytest.raises(ValueError, match="no end-of-text token"): draw(lm, tok, letters(1))
+
+
+def test_a_tokenizer_without_padding_token_can_sample():
+    lm, tok = random_lm("llama", 12), LetterTok(12)
+    expected = sample(lm, tok, letters(3), 20, Decoding(max_new_tokens=5), template=BARE, merge=3)
+    tok.pad_token_id = None
+    assert [d.texts for d in sample(lm, tok, letters(3), 20, Decoding(max_new_tokens=5), template=BARE, merge=3)] == [d.texts for d in expected]
+
+
+def test_nan_logits_are_refused():
+    lm = constant_lm([.5, .5])
+    lm.lm_head.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN"): sample(lm, LetterTok(2), letters(1), 2, template=BARE)
+
+
+def test_sampling_leaves_the_model_in_its_mode_and_without_gradients():
+    lm = random_lm("llama", 12)
+    sample(lm, LetterTok(12), letters(1), 8, Decoding(max_new_tokens=2), template=BARE)
+    assert not lm.training and all(p.grad is None for p in lm.parameters())
