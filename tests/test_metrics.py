@@ -6,6 +6,7 @@ from scipy import stats
 from probunlearn.bounds import binary_bound, ed_bound, mean_bound, std_bound, survival_bound
 from probunlearn.metrics import (dataset_claims, diversity, ed_score, extraction_curve, in_uses, leak_at_k, leak_at_k_bound, leakage, leaked, m_bin,
                                  m_gen, m_mu, m_sigma, seen_mass_bounds)
+from probunlearn.planning import RunPlan, chance_to_certify, forecast_worst, most_leaks
 from probunlearn.questions import certified, difference_bound, pooled_mean, pooled_rate, population_mean, worst_question
 
 
@@ -167,3 +168,31 @@ def test_dataset_claims():
     gaps[1, 0] = np.nan
     assert float(dataset_claims(gaps, missing="worst")["average leak"]) == float(pooled_rate(np.nan_to_num(gaps, nan=1).sum(1), 1024))
     for claim in claims.values(): assert "α = 0.01" in str(claim) and "question" in str(claim) and "fixed n" in str(claim)
+
+
+# Planning
+
+def test_chance_to_certify_is_the_share_of_runs_that_do():
+    rng = np.random.default_rng(11)
+    for n, tau, p in (200, .05, .01), (1024, .01, .003), (50, .01, 0):
+        leaks = rng.binomial(n, p, 4000)
+        share = (binary_bound(leaks, n).value < tau).mean()
+        assert share == pytest.approx(float(chance_to_certify(p, n, tau)), abs=4 * math.sqrt(.25 / 4000))
+        assert most_leaks(n, tau) == (binary_bound(np.arange(n + 1), n).value <= tau).sum() - 1
+    with pytest.raises(ValueError, match="tau must"): most_leaks(5, 1.5)
+
+def test_run_plan_agrees_with_the_bounds_it_announces():
+    text = str(RunPlan(1024, 400))
+    for part in "0.004487", "0.01029", "1.124e-05", "up to 3 leaks", "needs 1,055 draws", "α = 0.01", "fixed n": assert part in text
+    assert "impossible" not in str(RunPlan(1055, 400))
+
+def test_forecast_is_tested_before_it_is_believed():
+    rng = np.random.default_rng(12)
+    p = rng.beta(.4, 40, 40_000)
+    forecast = forecast_worst(p[:1000], 40_000)
+    assert forecast.factor < 3 and 1 / 3 < forecast.value / p.max() < 3 and "not a bound" in str(forecast)
+    hidden = np.where(np.arange(2000) < 2, .9, rng.beta(2, 2000, 2000))
+    with pytest.warns(UserWarning, match="do not extrapolate"): assert "NOT to be trusted" in str(forecast_worst(hidden, 10**5))
+    for bad in p[:50], np.full(200, 2.0), np.full(200, np.nan):
+        with pytest.raises(ValueError, match="p must be"): forecast_worst(bad, 10**6)
+    with pytest.raises(ValueError, match="at least the 1000"): forecast_worst(p[:1000], 10)
