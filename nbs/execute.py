@@ -2,7 +2,7 @@
 
 A cell flagged `#| slow`, `#| cuda` or `#| eval: false` is left alone, with the output of its last real run, unless its flag is named.
 """
-import argparse, re, sys, time
+import argparse, os, re, sys, time
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
@@ -37,6 +37,7 @@ def main():
     parser.add_argument("paths", nargs="*", type=Path)
     parser.add_argument("--flags", default="", help="comma-separated flags whose cells run too: slow,cuda")
     args = parser.parse_args()
+    os.environ |= dict(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")     # progress bars are for those who wait
     for path in args.paths or notebooks():
         start = time.time()
         execute(path, args.flags.split(","))
