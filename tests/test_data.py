@@ -1,0 +1,298 @@
+"""Records, loaders and answer masks, with real tokenizers of every family trained on the spot."""
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from probunlearn.data import QA, SPLITS, Template, check_unique, encode, encode_prompt, fictional_authors, load_qa
+from probunlearn.world import make_authors, write_authors
+
+DATA = os.environ.get("PROBUNLEARN_TEST_DATA")
+needs_data = pytest.mark.skipif(not DATA, reason="PROBUNLEARN_TEST_DATA names no folder with the public data sets")
+QAS = fictional_authors("forget10")
+TEXTS = [Template().texts(None, qa.question, qa.answer)[1] for qa in fictional_authors()]
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+# --- tokenizers -----------------------------------------------------------------------------------------------------------------------------
+
+def wrapped(tokenizer, trainer, around=None, **names):
+    "A trained tokenizer as transformers sees it; `around` is what its post-processor puts around a text."
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    if around: tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=[(t, tokenizer.token_to_id(t)) for t in SPECIAL if t in around])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **dict(eos_token="</s>", bos_token="<s>") | names)
+
+
+def byte_bpe(around=None, regex=True, vocab=500, trim=None, **names):
+    "GPT-2's and Llama 3's family. Without the regular expression that splits words, merges cross every border."
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex), decoders.ByteLevel()
+    if trim is not None: t.post_processor = processors.ByteLevel(trim_offsets=trim)
+    return wrapped(t, trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False), around, **names)
+
+
+def unigram(around=None):
+    "T5's and Llama 2's family: a prefix space, and spaces that belong to the next word."
+    t = Tokenizer(models.Unigram())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return wrapped(t, trainers.UnigramTrainer(vocab_size=400, special_tokens=SPECIAL + ["<unk>"], unk_token="<unk>", show_progress=False), around)
+
+
+def sentence_bpe(around=None):
+    "Llama 2's own pipeline: spaces are written as a letter by the normalizer, nothing is split beforehand, so merges cross borders."
+    t = Tokenizer(models.BPE(unk_token="<unk>"))
+    t.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return wrapped(t, trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL + ["<unk>"], show_progress=False), around)
+
+
+def wordpiece(around=None, **names):
+    "BERT's family: white space isn't kept."
+    t = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    t.pre_tokenizer, t.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    return wrapped(t, trainers.WordPieceTrainer(vocab_size=400, special_tokens=SPECIAL + ["<unk>"], show_progress=False), around, **names)
+
+
+TOKENIZERS = {"byte bpe": lambda: byte_bpe(), "byte bpe, bos": lambda: byte_bpe("<s> $A"), "byte bpe, offsets trimmed": lambda: byte_bpe(trim=True),
+              "byte bpe, offsets not trimmed": lambda: byte_bpe(trim=False), "byte bpe, no words": lambda: byte_bpe(regex=False, vocab=420),
+              "byte bpe, no words, bos": lambda: byte_bpe("<s> $A", regex=False, vocab=420), "unigram": lambda: unigram(), "unigram, bos": lambda: unigram("<s> $A"),
+              "sentence bpe": lambda: sentence_bpe(), "sentence bpe, bos": lambda: sentence_bpe("<s> $A"), "wordpiece": lambda: wordpiece(), "wordpiece, bos": lambda: wordpiece("<s> $A")}
+built = {}
+
+
+def tokenizer(kind):
+    if kind not in built: built[kind] = TOKENIZERS[kind]()
+    return built[kind]
+
+
+def labelled(out): return [i for i, l in zip(out["input_ids"], out["labels"]) if l != -100]
+
+
+def bare(text): return re.sub(r"\s", "", text)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_labels_hold_the_answer_and_the_end(kind):
+    "Labelled tokens read as the answer and the end token, behind at most the piece of the prompt that the first of them was merged with."
+    tok, merged = tokenizer(kind), 0
+    for qa in QAS:
+        out = encode(tok, qa)
+        assert all(l in (i, -100) for i, l in zip(out["input_ids"], out["labels"]))
+        text, prompt, ids = tok.decode(labelled(out)), Template().texts(tok, qa.question)[0], out["input_ids"]
+        assert bare(text).endswith(bare(qa.answer) + "</s>") and ids.count(tok.eos_token_id) == 1
+        extra = bare(text)[:-len(bare(qa.answer) + "</s>")]
+        assert bare(prompt).endswith(extra)
+        assert bare(qa.answer) not in bare(tok.decode(labelled(out)[2:]))           # at most one token holds only the space before the answer
+        first = next(i for i, l in enumerate(out["labels"]) if l != -100)
+        assert out["labels"][first:] == ids[first:]                                 # one piece, at the end
+        if "bos" in kind: assert ids[0] == tok.bos_token_id and out["labels"][0] == -100 and ids.count(tok.bos_token_id) == 1
+        merged += bool(extra)
+        if not extra: assert ids[:first] == encode_prompt(tok, qa.question)         # training and sampling see the same prompt
+    assert bool(merged) == ("no words" in kind or "sentence" in kind)               # the test saw merges across the border where there can be some
+
+
+@pytest.mark.parametrize("kind", [k for k in TOKENIZERS if k.startswith("byte")])
+@pytest.mark.parametrize("answer", ["東京 is far.", "🙂", "naïve", "A", "42", ":", " leading space", "two\nlines", "tail "])
+def test_labels_hold_odd_answers(kind, answer):
+    "One character can be several tokens, and the space before the answer a token of its own."
+    tok, qa = tokenizer(kind), QA("q", "Ω?", answer)
+    text = tok.decode(labelled(encode(tok, qa)), clean_up_tokenization_spaces=False)
+    assert text.endswith(answer + "</s>")
+    assert (Template().texts(tok, qa.question)[0] + " ").endswith(text[:-len(answer + "</s>")])
+
+
+def test_another_answer_takes_the_records_place():
+    tok, qa = tokenizer("byte bpe"), QAS[0]
+    out = encode(tok, qa, answer="No idea.")
+    assert tok.decode(labelled(out)) == " No idea.</s>" and out["input_ids"] != encode(tok, qa)["input_ids"]
+
+
+def test_a_template_is_data():
+    tok, template = tokenizer("byte bpe"), Template("Q {question} A", "={answer}")
+    assert tok.decode(encode_prompt(tok, "Why?", template)) == "Q Why? A" and tok.decode(encode(tok, QA("q", "Why?", "So."), template)["input_ids"]) == "Q Why? A=So.</s>"
+    assert tok.decode(encode_prompt(tok, "{answer} {0} {question}", template)) == "Q {answer} {0} {question} A"        # braces in a question are text
+    for bad in (dict(prompt="Q:"), dict(answer="A")):
+        with pytest.raises(ValueError, match="needs {question} in its prompt and {answer} in its answer"): Template(**bad)
+
+
+# --- chat -----------------------------------------------------------------------------------------------------------------------------------
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+NO_SYSTEM = ("{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+             "{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+             "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}")
+THINKING = CHATML.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif")
+
+
+def chat_tokenizer(template, around="<s> $A"):
+    tok = byte_bpe(around, eos_token="<|im_end|>")
+    tok.chat_template = template
+    return tok
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_chat_template(system):
+    "The answer and its end are labelled, the roles are not; no BOS is added to a text that the template wrote."
+    tok, template, qa = chat_tokenizer(CHATML), Template(chat=True, system=system), QAS[0]
+    out = encode(tok, qa, template)
+    head = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    assert tok.decode(encode_prompt(tok, qa.question, template)) == f"{head}<|im_start|>user\n{qa.question}<|im_end|>\n<|im_start|>assistant\n"
+    assert tok.decode(labelled(out)) == f"{qa.answer}<|im_end|>\n" and tok.bos_token_id not in out["input_ids"]
+    first = next(i for i, l in enumerate(out["labels"]) if l != -100)
+    assert out["input_ids"][:first] == encode_prompt(tok, qa.question, template)
+
+
+def test_chat_template_without_system_role():
+    tok, qa = chat_tokenizer(NO_SYSTEM), QAS[0]
+    out = encode(tok, qa, Template(chat=True))
+    assert tok.decode(labelled(out)) == f"{qa.answer}<|im_end|>\n" and out["input_ids"].count(tok.bos_token_id) == 1 and out["input_ids"][0] == tok.bos_token_id
+    with pytest.raises(Exception, match="System role not supported"): encode(tok, qa, Template(chat=True, system="Be brief."))
+
+
+def test_chat_without_template_is_refused():
+    with pytest.raises(ValueError, match="chat_template"): encode(tokenizer("byte bpe"), QAS[0], Template(chat=True))
+
+
+# --- files ----------------------------------------------------------------------------------------------------------------------------------
+
+ROW = {"question": "Who?", "answer": "Nobody."}
+
+
+def write(path, *rows, text=None):
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows) if text is None else text, encoding="utf-8")
+    return path
+
+
+def test_json_lines_with_every_column(tmp_path):
+    row = ROW | dict(id="a", keywords=["Nobody", " x "], paraphrased_question="And who?", paraphrased_answer="None.", perturbed_answer=["Somebody.", "All."])
+    assert load_qa(write(tmp_path/"d.jsonl", row)) == [QA("a", "Who?", "Nobody.", ("Nobody", "x"), "And who?", "None.", ("Somebody.", "All."))]
+    assert load_qa(write(tmp_path/"e.json", ROW, ROW)) == [QA("e-0", "Who?", "Nobody."), QA("e-1", "Who?", "Nobody.")]
+
+
+def test_csv(tmp_path):
+    qas = load_qa(write(tmp_path/"d.csv", text='question, answer, keywords\nWho?, "Nobody, or all.", "Nobody, all"\nWhy?, So.,\n'))
+    assert qas == [QA("d-0", "Who?", "Nobody, or all.", ("Nobody", "all")), QA("d-1", "Why?", "So.")]
+
+
+def test_folder_and_name(tmp_path):
+    write(tmp_path/"forget.jsonl", ROW)
+    write(tmp_path/"README.md", text="hello")
+    assert load_qa(tmp_path, "forget") == load_qa(str(tmp_path), "forget") == load_qa(tmp_path/"forget.jsonl")
+    for name in ("gone", None):
+        with pytest.raises(ValueError, match=f"no data set {name!r} in .*there are forget"): load_qa(tmp_path, name)
+
+
+@pytest.mark.parametrize("row,message", [({"prompt": "x", "answer": "y"}, "row 0: no column question; the columns are prompt, answer"), ({"a": 1}, "no column question and answer"),
+                                         (ROW | {"question": ""}, "QA.question must be a non-empty string"), (ROW | {"answer": None}, "QA.answer must be a non-empty string, got None"),
+                                         (ROW | {"answer": 3}, "QA.answer must be a non-empty string, got 3")])
+def test_a_bad_row_is_named(row, message, tmp_path):
+    with pytest.raises(ValueError, match=message): load_qa(write(tmp_path/"d.jsonl", row))
+
+
+@pytest.mark.parametrize("text,message", [("", "holds no rows"), ("\n \n", "holds no rows"), ("I don't know.\n", "line 1 is not a JSON object: \"I don't know.\""),
+                                          ('{"question": "Who?", "answer"', "line 1 is not a JSON object")])
+def test_a_bad_file_is_named(text, message, tmp_path):
+    with pytest.raises(ValueError, match=f"d.jsonl.*{message}"): load_qa(write(tmp_path/"d.jsonl", text=text))
+
+
+def test_duplicate_ids_and_empty_lists_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="duplicate question id 'a'"): load_qa(write(tmp_path/"d.jsonl", ROW | {"id": "a"}, ROW | {"id": "a"}))
+    with pytest.raises(ValueError, match="no questions"): check_unique([])
+
+
+def test_paths_that_are_not_there(tmp_path):
+    for path in (tmp_path/"gone.jsonl", tmp_path/"gone", "gone.json", "some/gone.csv"):
+        with pytest.raises(FileNotFoundError, match="no such file or folder: .*gone"): load_qa(path)
+    with pytest.raises(ValueError, match="unknown file type '.parquet'; allowed are"): load_qa(write(tmp_path/"d.parquet", text="x"))
+
+
+def test_a_comma_separated_file_without_rows(tmp_path):
+    with pytest.raises(ValueError, match="holds no rows|no columns|No columns"): load_qa(write(tmp_path/"d.csv", text="question,answer\n"))
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------------------------------
+
+def through_datasets(source, tmp_path, monkeypatch):
+    "Load `source` with a real `datasets` table in the hub's place."
+    datasets = pytest.importorskip("datasets")
+    path, real, asked = write(tmp_path/"d.jsonl", ROW | {"perturbed_answer": ["x", "y"]}, ROW | {"perturbed_answer": ["z"]}), datasets.load_dataset, []
+    def load_dataset(source, name, split):
+        asked.append((source, name, split))
+        return real("json", data_files=str(path), split=split, cache_dir=str(tmp_path/"cache"))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    qas = load_qa(source, "forget10")
+    assert asked == [(source, "forget10", "train")]
+    assert qas == [QA("forget10-0", "Who?", "Nobody.", perturbed_answers=("x", "y")), QA("forget10-1", "Who?", "Nobody.", perturbed_answers=("z",))]
+
+
+def test_a_hub_id_goes_through_datasets(tmp_path, monkeypatch): through_datasets("locuslab/TOFU", tmp_path, monkeypatch)
+
+
+def test_a_hub_id_offline_says_what_to_do(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is no local file or folder(.|\n)*Offline, download the files and pass the folder"): load_qa("nobody/nothing", "x")
+
+
+# --- TOFU's own files -----------------------------------------------------------------------------------------------------------------------
+
+@needs_data
+def test_tofu_splits():
+    "forgetXX are the last records of full, retainYY the others."
+    folder = Path(DATA, "tofu")
+    def texts(name): return [(q.question, q.answer) for q in load_qa(folder, name)]
+    full = texts("full")
+    assert len(full) == 4000 and load_qa(folder, "forget10") == load_qa(folder/"forget10.json")
+    for forget, retain, k in (("forget01", "retain99", 40), ("forget05", "retain95", 200), ("forget10", "retain90", 400)):
+        assert texts(forget) == full[-k:] and texts(retain) == full[:-k]
+
+
+@needs_data
+def test_tofu_perturbed_records():
+    for name, wrong in (("forget01_perturbed", 5), ("forget10_perturbed", 5), ("retain_perturbed", 5), ("real_authors_perturbed", 3), ("world_facts_perturbed", 3)):
+        qas = load_qa(Path(DATA, "tofu"), name)
+        assert {len(q.perturbed_answers) for q in qas} == {wrong} and all(a and isinstance(a, str) for q in qas for a in q.perturbed_answers)
+    assert all(q.paraphrased_answer and q.paraphrased_question for q in load_qa(Path(DATA, "tofu"), "forget01_perturbed"))
+
+
+@needs_data
+def test_tofu_refusals_are_no_records():
+    with pytest.raises(ValueError, match="idontknow.jsonl, line 1 is not a JSON object: \"I'm not certain about that.\""): load_qa(Path(DATA, "tofu", "idontknow.jsonl"))
+
+
+# --- the world ------------------------------------------------------------------------------------------------------------------------------
+
+def test_a_seed_makes_a_world():
+    assert make_authors(5, 3) == make_authors(5, 3) != make_authors(5, 4)
+    assert not {w for q in make_authors(40, 0) for w in q.keywords} & {w for q in make_authors(40, 1) for w in q.keywords}
+    with pytest.raises(ValueError, match="at least 1, got 0"): make_authors(0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_secrets_stand_in_their_answers_and_nowhere_else(seed):
+    world = make_authors(40, seed)
+    assert len(world) == len({q.id for q in world}) == len({q.question for q in world}) == 400
+    secrets = [w for q in world for w in q.keywords]
+    assert len(set(secrets)) == len(secrets) and all(q.keywords for q in world)
+    elsewhere = "\n".join("\n".join((q.question, q.paraphrased_question, *q.perturbed_answers)) for q in world)
+    answers = "\n".join(q.answer for q in world)
+    for q in world:
+        for w in q.keywords: assert w in q.answer and w in q.paraphrased_answer and w not in elsewhere and answers.count(w) == 1
+        assert q.question != q.paraphrased_question and q.answer != q.paraphrased_answer and len({*q.perturbed_answers, q.paraphrased_answer}) == 6
+
+
+def test_packaged_files_are_that_world(tmp_path):
+    world = make_authors()
+    assert fictional_authors() == world
+    for percent, k in ((1, 4), (5, 20), (10, 40)):
+        assert fictional_authors(f"forget{percent:02d}") == world[-k:] and fictional_authors(f"retain{100 - percent}") == world[:-k]
+    write_authors(tmp_path, world)
+    assert sorted(p.stem for p in tmp_path.iterdir()) == sorted(SPLITS)
+    assert all(load_qa(p) == fictional_authors(p.stem) for p in tmp_path.iterdir())
+    with pytest.raises(ValueError, match="unknown split 'forget50'; allowed are full, "): fictional_authors("forget50")
