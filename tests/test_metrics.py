@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from probunlearn.bounds import binary_bound, ed_bound, mean_bound, std_bound, survival_bound
-from probunlearn.metrics import (dataset_claims, diversity, ed_score, extraction_curve, in_uses, leak_at_k, leak_at_k_bound, leakage, leaked, m_bin,
+from probunlearn.metrics import (dataset_claims, diversity, ed_score, extraction_curve, in_uses, judged_bound, leak_at_k, leak_at_k_bound, leakage, leaked, m_bin,
                                  m_gen, m_mu, m_sigma, seen_mass_bounds)
 from probunlearn.planning import RunPlan, chance_to_certify, forecast_worst, most_leaks
 from probunlearn.questions import certified, difference_bound, pooled_mean, pooled_rate, population_mean, worst_question
@@ -82,6 +82,14 @@ def test_seen_mass_bounds_hold_for_every_completion():
     assert "with certainty" in str(seen_mass_bounds([1.0], [.5]))
     for p, s in ([.6, .6], [0, 1]), ([-.1], [0]), ([.1, .1], [0]), ([np.nan], [0]):
         with pytest.raises(ValueError, match="probabilities must"): seen_mass_bounds(p, s)
+
+def test_judged_bound_covers_with_a_forgetful_judge():
+    rng, runs, alpha, p, sensitivity = np.random.default_rng(13), 4000, .05, .05, .7
+    flagged, caught = rng.binomial(300, p * sensitivity, runs), rng.binomial(60, sensitivity, runs)
+    wrong = [float(judged_bound(f, 300, int(c), 60, alpha)) < p for f, c in zip(flagged, caught)]
+    assert np.mean(wrong) <= allowed(alpha, runs)
+    assert np.mean(binary_bound(flagged, 300, alpha).value < p) > 3 * alpha              # believing the judge fails
+    assert float(judged_bound(0, 1024, 100, 100)) / float(binary_bound(0, 1024)) < 1.1    # the price of a perfect judge
 
 def test_diversity():
     same, different = diversity(["a b c"] * 4), diversity(["a b", "c d", "e f", "g h"])
