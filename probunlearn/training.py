@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ENTROPY_ON', 'TrainConfig', 'UnlearnConfig', 'pad_batch', 'History', 'finetune', 'reference_nll',
-           'own_answers', 'leak_probe', 'unlearn']
+           'own_answers', 'own_entropy', 'leak_probe', 'unlearn']
 
 # %% ../nbs/15_training.ipynb #99648081
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 # %% ../nbs/15_training.ipynb #24d8d8d3
-from .data import Template, check_unique, encode
+from .data import Template, check_unique, encode, encode_prompt
 from .draws import Decoding
 from .losses import answer_mean, answer_stats, answer_sum, grad_ascent, grad_diff, mean_entropy, npo
 from .sampling import greedy, sample
@@ -87,6 +87,8 @@ class UnlearnConfig(TrainConfig):
     "weight of the entropy on retain records: < 0 keeps them diverse"
     entropy_on: str = "own"
     "where the forget entropy is taken: own (the model's own greedy answer where it doesn't leak), answer (the secret answer, as in the paper), all (every position, as in the reference)"
+    leak_at: float = 0.5
+    "own: an answer leaks when it holds a key word; for a record without key words, when its ROUGE-L recall is at least this"
     ramp: float = 0.0
     "share of the updates in which the entropy weights rise from 0"
 
@@ -216,17 +218,30 @@ def own_answers(
     lm, tok,
     qas: list,                      # forget records
     template: Template = Template(),
+    leak_at: float = 0.5,           # for records without key words: an answer leaks from this ROUGE-L recall on
     max_new_tokens: int = 48,
-):                                  # encoded records (possibly fewer): each prompt with the model's own answer
-    "The model's greedy answers that don't leak, ready to be trained on."
+):                                  # (encoded records: each prompt with the model's own answer, whether each answer leaks)
+    "The model's greedy answers as they are now, ready to be trained on."
     lm.eval()
     qas = list(dict.fromkeys(qas))                                  # a batch may hold the end of one pass and the start of the next
     draws = greedy(lm, tok, qas, Decoding(max_new_tokens=max_new_tokens), template)
-    clean = [score_draws([d], [qa], "keywords_any" if qa.keywords else "exact_match")[0, 0] == 0 for d, qa in zip(draws, qas)]
+    leaks = [score_draws([d], [qa], "keywords_any" if qa.keywords else "rouge_l_recall")[0, 0] >= leak_at for d, qa in zip(draws, qas)]
     lm.train()
-    prompts = [encode(tok, qa, template) for qa in qas]
-    def row(p, d): return [i for i, l in zip(p["input_ids"], p["labels"]) if l == -100], list(d.tokens[0])
-    return [dict(input_ids=a + b, labels=[-100] * len(a) + b) for a, b in (row(p, d) for p, d, ok in zip(prompts, draws, clean) if ok)]
+    def row(prompt, answer): return dict(input_ids=prompt + answer, labels=[-100] * len(prompt) + answer)
+    return [row(encode_prompt(tok, qa.question, template), list(d.tokens[0])) for qa, d in zip(qas, draws)], leaks
+
+def own_entropy(
+    model,          # the (prepared) model that is trained
+    lm, tok,
+    qas: list,      # forget records
+    template: Template = Template(),
+    leak_at: float = 0.5,   # as in `own_answers`
+):                  # scalar: to be minimised
+    "Entropy along the model's own greedy answers: counted as it is where they don't leak, with a minus where they do."
+    rows, leaks = own_answers(lm, tok, qas, template, leak_at)
+    stats = answer_stats(model, _to(pad_batch(rows, tok.pad_token_id), lm.device))
+    sign = 1 - 2 * torch.tensor(leaks, device=lm.device, dtype=stats.entropy.dtype)         # (B,)
+    return answer_mean(stats.entropy * sign[:, None], stats.answer)
 
 # %% ../nbs/15_training.ipynb #a95da24a
 def leak_probe(
@@ -246,13 +261,10 @@ def leak_probe(
         return dict(greedy_forget=of_greedy(forget), drawn_forget=score_draws(drawn, forget, score).mean(), greedy_retain=of_greedy(retain))
     return probe
 
-# %% ../nbs/15_training.ipynb #1ca11403
+# %% ../nbs/15_training.ipynb #6decccad
 def _entropy_f(model, lm, tok, qas, forget, config, template):
     "The forget entropy at the positions that the config names."
-    if config.entropy_on != "own": return mean_entropy(forget, config.entropy_on)
-    own = own_answers(lm, tok, qas, template)
-    if not own: return forget.nll.sum() * 0
-    return mean_entropy(answer_stats(model, _to(pad_batch(own, tok.pad_token_id), lm.device)))
+    return own_entropy(model, lm, tok, qas, template, config.leak_at) if config.entropy_on == "own" else mean_entropy(forget, config.entropy_on)
 
 def _forget_loss(forget, reference, config):
     "The method's loss on the forget batch."
