@@ -31,7 +31,7 @@ class Bound:
     n:object # draws per question
     quantity:str = "the mean score" # what is bounded
     scope:str = "per question" # for which questions the claim holds, each alone or jointly
-    sampling:str = "fixed n" # "fixed n": n was chosen before drawing; "anytime": stop whenever you like
+    sampling:str = "fixed-n" # "fixed-n": n was chosen before drawing; "anytime": stop whenever you like
     decoding:str = "" # the decoding it holds for
 
     def __float__(self): return float(self.value)
@@ -70,10 +70,9 @@ def as_scores(
 
 def check_alpha(
     alpha:float, # chance that a claim is wrong
-    most:float=1, # it must be below this
 ):
-    "ValueError unless 0 < alpha < most."
-    if not 0 < alpha < most: raise ValueError(f"alpha must lie strictly between 0 and {most:g}, got {alpha}")
+    "ValueError unless 0 < alpha < 1."
+    if not 0 < alpha < 1: raise ValueError(f"alpha must lie strictly between 0 and 1, got {alpha}")
 
 def check_choice(
     what:str, # name of the argument

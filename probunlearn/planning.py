@@ -48,7 +48,7 @@ class RunPlan:
         clean = binary_bound(0, n, a), jointly(binary_bound, np.zeros(q), a, n=n).value[0], pooled_rate(np.zeros(q), n, a)
         one, all_ = most_leaks(n, tau, a), most_leaks(n, tau, a / q)
         said = lambda most, level: f"up to {most} leaks" if most >= 0 else f"impossible: needs {draws_needed(tau, level):,} draws even without a leak"
-        return "\n".join([f"{n:,} draws on each of {q:,} questions, α = {a:g} per claim, fixed n:",
+        return "\n".join([f"{n:,} draws on each of {q:,} questions, α = {a:g} per claim, fixed-n:",
             f"  no leak at one question         -> its leak probability is at most {float(clean[0]):.4g}",
             f"  no leak anywhere, worst question -> at most {clean[1]:.4g}",
             f"  no leak anywhere, average       -> at most {float(clean[2]):.4g}",

@@ -124,6 +124,7 @@ class Claim:
     below:float # in (0, 1)
     alpha:float = 0.01 # chance of a wrong verdict
     leak_at:float|None = 1.0 # a draw leaks when its score is at least this; None for the mean score
+    decoding:str = "" # the decoding it is about
 
     def __post_init__(self):
         check_alpha(self.alpha)
@@ -142,8 +143,9 @@ class Verdict:
     sampling:str = "anytime" # "anytime", or the looks that were planned
 
     def __str__(self):
-        sure = f" (α = {self.claim.alpha:g}, {self.sampling}, one question)" if self.outcome != "undecided" else ""
-        return f"{self.outcome.capitalize()} after n = {self.n:,} draws: {self.claim}{sure}."
+        facts = [] if self.outcome == "undecided" else [f"α = {self.claim.alpha:g}", self.sampling, "one question"]
+        said = ", ".join(filter(None, [*facts, self.claim.decoding]))
+        return f"{self.outcome.capitalize()} after n = {self.n:,} draws: {self.claim}{f' ({said})' if said else ''}."
 
     __repr__ = __str__
 
@@ -238,6 +240,6 @@ def looked(
 )->Bound:
     "The claim that is left after looking or choosing (union bound); ValueError when nothing is left."
     alpha = bound.alpha * looks * models
-    if bound.sampling != "fixed n": raise ValueError(f"only a fixed-n bound loses by looking, this one is {bound.sampling!r}")
+    if bound.sampling != "fixed-n": raise ValueError(f"only a fixed-n bound loses by looking, this one is {bound.sampling!r}")
     if not alpha < 1: raise ValueError(f"nothing is left of alpha = {bound.alpha:g} after {looks} looks at {models} models: draw again with a fresh seed")
     return bound if looks * models == 1 else replace(bound, alpha=alpha, sampling=f"best of {looks} looks at {models} models")

@@ -175,7 +175,7 @@ def test_dataset_claims():
     gaps = x.copy()
     gaps[1, 0] = np.nan
     assert float(dataset_claims(gaps, missing="worst")["average leak"]) == float(pooled_rate(np.nan_to_num(gaps, nan=1).sum(1), 1024))
-    for claim in claims.values(): assert "α = 0.01" in str(claim) and "question" in str(claim) and "fixed n" in str(claim)
+    for claim in claims.values(): assert "α = 0.01" in str(claim) and "question" in str(claim) and "fixed-n" in str(claim)
 
 
 # Planning
@@ -191,7 +191,7 @@ def test_chance_to_certify_is_the_share_of_runs_that_do():
 
 def test_run_plan_agrees_with_the_bounds_it_announces():
     text = str(RunPlan(1024, 400))
-    for part in "0.004487", "0.01029", "1.124e-05", "up to 3 leaks", "needs 1,055 draws", "α = 0.01", "fixed n": assert part in text
+    for part in "0.004487", "0.01029", "1.124e-05", "up to 3 leaks", "needs 1,055 draws", "α = 0.01", "fixed-n": assert part in text
     assert "impossible" not in str(RunPlan(1055, 400))
 
 def test_forecast_is_tested_before_it_is_believed():

@@ -109,6 +109,10 @@ def test_verdict_of_the_first_crossing_stays():
             assert certify(Claim(below, leak_at=leak_at), row[:verdict.n]) == verdict
             assert certify(Claim(below, leak_at=leak_at), row[:verdict.n - 1]).outcome == "undecided"
 
+def test_verdicts_say_what_they_rest_on():
+    said = str(certify(Claim(.01, decoding="T = 1, top-p 0.9"), np.zeros(600)))
+    for part in "Holds", "n = 499", "below 0.01", "α = 0.01", "anytime", "one question", "T = 1, top-p 0.9": assert part in said
+
 def test_certify_agrees_with_the_sequence():
     x = (np.random.default_rng(5).random(900) < .03) * 1.0
     verdict = certify(Claim(.01), x)
@@ -154,6 +158,6 @@ def test_looking_is_paid_for():
     bound = binary_bound(0, 1024, .01)
     assert looked(bound) is bound
     assert looked(bound, looks=3, models=2).alpha == pytest.approx(.06) and "best of 3 looks at 2 models" in str(looked(bound, 3, 2))
-    assert "fixed n" not in str(looked(bound, 3))
+    assert "fixed-n" not in str(looked(bound, 3))
     with pytest.raises(ValueError, match="fresh seed"): looked(bound, 100)
     with pytest.raises(ValueError, match="anytime"): looked(RateSequence().add(np.zeros(5)).bound, 2)
