@@ -1,0 +1,282 @@
+"""The training loop: what it computes, what it leaves alone, and what it refuses before any work."""
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import random_lm
+from probunlearn.data import QA, Template, encode, encode_prompt, fictional_authors
+from probunlearn.draws import Decoding
+from probunlearn.models import add_lora, lm_fingerprint, small_lm
+from probunlearn.sampling import greedy
+from probunlearn.training import METHODS, History, TrainConfig, UnlearnConfig, finetune, leak_probe, own_answers, pad_batch, reference_nll, unlearn
+
+FORGET, RETAIN = fictional_authors("forget10"), fictional_authors("retain90")
+
+
+def fresh(state="full"): return small_lm(state, device="cpu")
+
+
+def weights(lm): return torch.cat([p.detach().flatten() for p in lm.parameters()])
+
+
+def answer_nll(lm, tok, qa):
+    "Summed negative log-likelihood of an answer, token by token, without padding or batches."
+    out = encode(tok, qa)
+    with torch.no_grad(): logp = lm(input_ids=torch.tensor([out["input_ids"]])).logits[0].double().log_softmax(-1)
+    return -sum(float(logp[t - 1, label]) for t, label in enumerate(out["labels"]) if label != -100)
+
+
+def same_length(tok):
+    "Eight records whose answers have equally many tokens."
+    groups = {}
+    for qa in fictional_authors()[::-1]: groups.setdefault(sum(l != -100 for l in encode(tok, qa)["labels"]), []).append(qa)
+    return next(group[:8] for group in groups.values() if len(group) >= 8)
+
+
+def quick(**how): return TrainConfig(**dict(steps=4, batch_size=4, lr=1e-3, schedule="constant", warmup=0) | how)
+
+
+def quick_unlearn(**how): return UnlearnConfig(**dict(steps=6, batch_size=4, lr=3e-4, schedule="constant", warmup=0) | how)
+
+
+# --- what it computes -----------------------------------------------------------------------------------------------------------------------
+
+def test_the_same_seed_gives_the_same_weights_to_the_last_bit():
+    prints = []
+    for seed in (0, 0, 1):
+        lm, tok = fresh("retain")
+        torch.manual_seed(len(prints))                                          # what happened before doesn't matter
+        finetune(lm, tok, FORGET[:8], quick(seed=seed))
+        unlearn(lm, tok, FORGET[:8], RETAIN, quick_unlearn(steps=2, seed=seed, lambda_f=.5, lambda_r=-.1, entropy_on="own"))
+        prints.append(lm_fingerprint(lm))
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_finetuning_lowers_the_nll():
+    lm, tok = fresh("retain")
+    before = [answer_nll(lm, tok, qa) for qa in FORGET[:4]]
+    history = finetune(lm, tok, FORGET[:4], quick(steps=25, lr=2e-3))
+    assert history.rows[-1]["nll"] < .2 < history.rows[0]["nll"] and not lm.training
+    assert all(answer_nll(lm, tok, qa) < b / 5 for qa, b in zip(FORGET, before))
+    assert [row["step"] for row in history.rows] == list(range(1, 26)) and len(history.to_frame()) == 25
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("entropy_on", [None, "answer", "all", "own"])
+def test_every_method_with_every_entropy_lowers_the_likelihood_of_the_answers(method, entropy_on):
+    "With a small weight: a large one along the secret answer freezes it in, as the lesson shows."
+    lm, tok = fresh()
+    before = np.mean([answer_nll(lm, tok, qa) for qa in FORGET[:4]])
+    history = unlearn(lm, tok, FORGET[:4], RETAIN[:50], quick_unlearn(method=method, steps=6, lr=6e-4, **dict(lambda_f=.02, lambda_r=-.01, entropy_on=entropy_on) if entropy_on else {}))
+    assert np.mean([answer_nll(lm, tok, qa) for qa in FORGET[:4]]) > before + 1 and not lm.training
+    assert history.rows[-1]["forget_nll"] > history.rows[0]["forget_nll"]
+    assert ("forget_entropy" in history.rows[0]) == bool(entropy_on)
+
+
+def test_retain_answers_matter_to_all_but_ascent():
+    def after(method, retain, weight=1.):
+        lm, tok = fresh()
+        unlearn(lm, tok, FORGET[:4], retain, quick_unlearn(method=method, steps=1, retain_weight=weight))
+        return lm_fingerprint(lm)
+    assert after("grad_ascent", RETAIN[:4]) == after("grad_ascent", RETAIN[4:8]) == after("grad_diff", RETAIN[:4], 0.) == after("grad_diff", RETAIN[4:8], 0.)
+    for method in ("grad_diff", "npo"): assert after(method, RETAIN[:4]) != after(method, RETAIN[4:8])
+
+
+@pytest.mark.parametrize("lambda_f,expected", [(5., -1), (-5., 1)])
+def test_the_entropy_weight_pulls_the_entropy_of_retain_and_forget(lambda_f, expected):
+    "A positive weight sharpens what the retain model says about authors it doesn't know, a negative one flattens it."
+    lm, tok = fresh("retain")
+    def seen(): return unlearn(copy.deepcopy(lm), tok, FORGET[:8], RETAIN[:8], quick_unlearn(steps=1, batch_size=8, lr=1e-9, lambda_f=1e-9, entropy_on="answer", method="grad_diff")).rows[0]["forget_entropy"]
+    before = seen()
+    unlearn(lm, tok, FORGET[:8], RETAIN[:8], quick_unlearn(steps=8, batch_size=8, method="npo", lambda_f=lambda_f, entropy_on="answer"))
+    assert np.sign(seen() - before) == expected
+
+
+def test_reference_nll_equals_a_loop_of_single_records(full):
+    lm, tok = full
+    qas = [*FORGET[:5], QA("x", "Who?", "Nobody knows."), QA("y", "Why is that so, " * 10, "So.")]
+    rows = [encode(tok, qa) for qa in qas]
+    expected = [answer_nll(lm, tok, qa) for qa in qas]
+    for size in (1, 3, 32): np.testing.assert_allclose(reference_nll(lm, tok, rows, size).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_npo_starts_at_two_log_two_over_beta():
+    "The first loss, before any update: policy and reference are the same model."
+    for beta in (.05, .1):
+        lm, tok = fresh()
+        row = unlearn(lm, tok, FORGET[:8], RETAIN[:8], quick_unlearn(steps=1, beta=beta, retain_weight=0)).rows[0]
+        assert row["loss"] == pytest.approx(2 * np.log(2) / beta, rel=1e-5)
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    "2 x 4 against 8 records with answers of one length: the mean of means is the mean, so AdamW's first step is nearly the same."
+    lm, tok = fresh("retain")
+    qas, after = same_length(tok), []
+    for how in (dict(batch_size=8), dict(batch_size=4, accumulate=2)):
+        model, _ = fresh("retain")
+        history = finetune(model, tok, qas, quick(steps=1, weight_decay=0, **how))
+        assert len(history.rows) == 1
+        after.append(weights(model))
+    step, difference = after[0] - weights(lm), after[1] - after[0]
+    assert step.abs().max() > 0 and difference.norm() < .02 * step.norm()
+    small = fresh("retain")[0]
+    finetune(small, tok, qas, quick(steps=1, weight_decay=0, batch_size=4))
+    assert (weights(small) - after[0]).norm() > .1 * step.norm()                # half the records is another step
+
+
+def test_one_update_equals_plain_pytorch():
+    "Cross-entropy by transformers itself, gradient clipping and AdamW written out."
+    lm, tok = fresh("retain")
+    peer = copy.deepcopy(lm)
+    finetune(lm, tok, FORGET[:6], quick(steps=1, batch_size=6, lr=1e-3, weight_decay=.1, max_grad_norm=.5))
+    batch = pad_batch([encode(tok, qa) for qa in FORGET[:6]], tok.pad_token_id)
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-3, weight_decay=.1)
+    peer(**batch).loss.backward()
+    torch.nn.utils.clip_grad_norm_(peer.parameters(), .5)
+    optimizer.step()
+    start = weights(fresh("retain")[0])
+    assert (weights(lm) - weights(peer)).norm() < .02 * (weights(peer) - start).norm()
+
+
+def test_the_learning_rate_follows_its_schedule():
+    "With a warm-up over the whole run the first update has rate 0: nothing moves."
+    lm, tok = fresh("retain")
+    before = weights(lm)
+    finetune(lm, tok, FORGET[:4], quick(steps=1, schedule="linear", warmup=1.))
+    assert torch.equal(weights(lm), before)
+
+
+@pytest.mark.parametrize("ramp,progress,expected", [(0, 0, 1), (0, .5, 1), (.5, 0, 0), (.5, .25, .5), (.5, .5, 1), (.5, 1, 1), (1, .3, .3)])
+def test_entropy_weights_rise_along_the_ramp(ramp, progress, expected):
+    assert UnlearnConfig(lambda_f=2., lambda_r=-.5, ramp=ramp).entropy_weights(progress) == pytest.approx((2 * expected, -.5 * expected))
+
+
+def test_epochs_are_passes_over_the_records():
+    lm, tok = fresh("retain")
+    assert len(finetune(lm, tok, FORGET[:10], TrainConfig(epochs=2, batch_size=5, lr=1e-5)).rows) == 4
+    assert len(unlearn(lm, tok, FORGET[:10], RETAIN[:3], UnlearnConfig(epochs=1, batch_size=4, accumulate=2, lr=1e-5)).rows) == 2
+    assert len(finetune(lm, tok, FORGET[:3], TrainConfig(epochs=.1, batch_size=8, lr=1e-5)).rows) == 1
+
+
+def test_another_number_of_accumulated_batches_in_one_process():
+    "Accelerate keeps global state: a run must not inherit the last one's accumulation."
+    lm, tok = fresh("retain")
+    for accumulate, steps in ((1, 3), (3, 2), (1, 3), (2, 1)):
+        assert len(finetune(lm, tok, FORGET[:4], quick(steps=steps, batch_size=2, lr=1e-6, accumulate=accumulate)).rows) == steps
+
+
+def test_probes_look_when_they_should():
+    lm, tok = fresh()
+    modes = []
+    def probe(model):
+        modes.append(model.training)
+        return dict(seen=len(modes))
+    history = finetune(lm, tok, FORGET[:4], quick(steps=5, lr=1e-6, probe_every=2), probe=probe)
+    assert [r["step"] for r in history.rows if "seen" in r] == [2, 4, 5] and modes == [False] * 3
+    seen = leak_probe(tok, FORGET[:3], RETAIN[:3], n=8)(lm.eval())
+    assert set(seen) == {"greedy_forget", "drawn_forget", "greedy_retain"} and all(v > .8 for v in seen.values())
+    assert history.plot().get_xlabel() == "update"
+
+
+def test_probing_changes_no_weight():
+    prints = []
+    for every in (0, 1):
+        lm, tok = fresh()
+        unlearn(lm, tok, FORGET[:4], RETAIN[:8], quick_unlearn(steps=3, probe_every=every), probe=leak_probe(tok, FORGET[:2], RETAIN[:2], n=8))
+        prints.append(lm_fingerprint(lm))
+    assert prints[0] == prints[1]
+
+
+def test_divergence_is_an_error_that_names_the_rate():
+    lm, tok = fresh("retain")
+    with pytest.raises(FloatingPointError, match=r"update \d+: lower lr"):
+        with torch.no_grad(): lm.lm_head.weight[0, 0] = torch.nan
+        finetune(lm, tok, FORGET[:2], quick())
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------------------------------
+
+def test_lora_leaves_the_base_weights_untouched_and_the_reference_is_the_model_as_it_was():
+    lm, tok = fresh()
+    base = {n: p.clone() for n, p in lm.named_parameters()}
+    expected = reference_nll(lm, tok, [encode(tok, qa) for qa in FORGET[:4]])
+    adapted = add_lora(lm, rank=8)
+    first = unlearn(adapted, tok, FORGET[:4], RETAIN[:20], quick_unlearn(steps=5, lr=1e-2, retain_weight=.5, lambda_f=.02, entropy_on="answer")).rows[0]
+    assert first["forget_nll"] < .1                                             # the adapter starts as nothing
+    with adapted.disable_adapter(): assert torch.allclose(reference_nll(adapted, tok, [encode(tok, qa) for qa in FORGET[:4]]), expected, atol=1e-5)
+    now = dict(adapted.named_parameters())
+    for n, p in base.items():
+        n = f"base_model.model.{n}"
+        assert torch.equal(now[n] if n in now else now[n.replace(".weight", ".base_layer.weight")], p)
+    assert reference_nll(adapted, tok, [encode(tok, qa) for qa in FORGET[:4]]).mean() > expected.mean() + 1
+
+
+# --- the model's own answers ----------------------------------------------------------------------------------------------------------------
+
+def marked(row): return [i for i, l in zip(row["input_ids"], row["labels"]) if l != -100]
+
+
+def test_own_answers_are_greedy_answers_and_leaks_are_marked():
+    "The full model leaks everything, the retain model nothing."
+    for state, leaking in (("full", True), ("retain", False)):
+        lm, tok = fresh(state)
+        rows, leaks = own_answers(lm, tok, FORGET[:6])
+        assert [bool(l) for l in leaks] == [leaking] * 6
+        for qa, row, d in zip(FORGET, rows, greedy(lm, tok, FORGET[:6], Decoding(max_new_tokens=48))):
+            assert tuple(marked(row)) == tuple(d.tokens[0]) and row["input_ids"] == encode_prompt(tok, qa.question) + marked(row)
+
+
+def test_own_answers_without_key_words_leak_by_what_they_give_away():
+    lm, tok = fresh()
+    plain = [QA(q.id, q.question, q.answer) for q in FORGET[:2]] + [QA("other", FORGET[2].question, "Completely unrelated words stand here instead")]
+    assert [bool(l) for l in own_answers(lm, tok, plain)[1]] == [True, True, False]
+
+
+def test_own_answers_of_a_batch_with_repeats():
+    lm, tok = fresh("retain")
+    assert len(own_answers(lm, tok, [FORGET[0], FORGET[1], FORGET[0]])[0]) == 2
+
+
+# --- batches --------------------------------------------------------------------------------------------------------------------------------
+
+def test_pad_batch():
+    batch = pad_batch([dict(input_ids=[7, 8, 9], labels=[-100, 8, 9]), dict(input_ids=[5], labels=[5])], pad_id=3)
+    assert {k: v.tolist() for k, v in batch.items()} == dict(input_ids=[[7, 8, 9], [5, 3, 3]], attention_mask=[[1, 1, 1], [1, 0, 0]], labels=[[-100, 8, 9], [5, -100, -100]])
+
+
+# --- bad input, before any work -------------------------------------------------------------------------------------------------------------
+
+def untouched(call, error, match):
+    "The call fails, and the model is as it was."
+    lm, tok = fresh("retain")
+    before = lm_fingerprint(lm)
+    with pytest.raises(error, match=match): call(lm, tok)
+    assert lm_fingerprint(lm) == before
+
+
+TOO_LONG = QA("an-essay", "Why?", "Because " * 400)
+
+
+@pytest.mark.parametrize("qas,match", [([], "no questions"), (FORGET[:2] * 2, "duplicate question id 'author36-town'"), ([*FORGET[:2], TOO_LONG], r"record 'an-essay' has \d+ tokens, more than the model's 512 positions")])
+def test_bad_records_are_refused(qas, match):
+    untouched(lambda lm, tok: finetune(lm, tok, qas, quick()), ValueError, match)
+    untouched(lambda lm, tok: unlearn(lm, tok, qas, RETAIN[:4], quick_unlearn()), ValueError, match)
+    untouched(lambda lm, tok: unlearn(lm, tok, FORGET[:4], qas, quick_unlearn()), ValueError, match)
+
+
+@pytest.mark.parametrize("how,match", [(dict(method="forget"), "unknown method 'forget'; allowed are grad_ascent, grad_diff, npo"), (dict(entropy_on="prompt"), "unknown entropy_on 'prompt'; allowed are answer, all, own"),
+                                       (dict(beta=0), "beta must be > 0, got 0"), (dict(beta=float("nan")), "beta must be > 0, got nan"), (dict(lr=0), "lr must be > 0, got 0"), (dict(lr=-1.), "lr must be > 0, got -1.0"),
+                                       (dict(batch_size=0), "batch_size must be > 0"), (dict(accumulate=0), "accumulate must be > 0"), (dict(epochs=0), "epochs must be > 0"), (dict(steps=0), "steps must be at least 1"),
+                                       (dict(warmup=1.5), r"warmup must be a share in \[0, 1\], got 1.5")])
+def test_a_bad_setting_is_named(how, match):
+    with pytest.raises(ValueError, match=match): UnlearnConfig(**how)
+
+
+def test_own_answers_that_do_not_fit_the_context_are_refused_before_the_first_update():
+    lm = random_lm("llama", 1024, dtype=torch.float32, max_position_embeddings=60)
+    tok = fresh()[1]
+    before = lm_fingerprint(lm)
+    with pytest.raises(ValueError, match="positions"): unlearn(lm, tok, FORGET[:4], RETAIN[:4], quick_unlearn(lambda_f=1., entropy_on="own", lr=1e-2))
+    assert lm_fingerprint(lm) == before
