@@ -22,10 +22,11 @@ def hoeffding(
 def first_refuted(
     refuted, # function (Q,) -> (Q,) bool: is the mean m refuted? Once true, true for every larger m
     low:np.ndarray, # (Q,) where to start
-)->np.ndarray: # (Q,) refuted, and at most 1e-12 above a value that is not; 1 where nothing is refuted
+    steps:int=40, # halvings
+)->np.ndarray: # (Q,) refuted, and at most 2^-steps above a value that is not; 1 where nothing is refuted
     "Border of the refuted means, from above, by bisection."
     high = np.ones_like(low)
-    for _ in range(40):
+    for _ in range(steps):
         m = (low + high) / 2
         out = refuted(m)
         low, high = np.where(out, low, m), np.where(out, m, high)
@@ -82,7 +83,8 @@ def log_wealth(
     stake:np.ndarray, # (Q, n) boldest stake before each draw
 )->np.ndarray: # (Q, n) log of the money after each draw
     "Money of a player who bets that the mean is below m (never more than 3/4 of it at risk)."
-    with np.errstate(divide="ignore"): return np.cumsum(np.log1p(np.minimum(stake, 0.75 / (1 - m)) * (m - x)), 1)
+    with np.errstate(divide="ignore"): money = np.minimum(stake, 0.75 / (1 - m)) * (m - x)
+    return np.cumsum(np.log1p(money, out=money), 1, out=money)
 
 # %% ../nbs/02b_means.ipynb #9347d10e
 def betting(
@@ -92,4 +94,4 @@ def betting(
     "One-sided betting bound tuned to this n (Waudby-Smith and Ramdas 2024, theorem 3 and section 4.1)."
     goal = -np.log(alpha)
     stake = np.sqrt(2 * goal / (x.shape[1] * past_variance(x)))
-    return first_refuted(lambda m: log_wealth(x, m[:, None], stake).max(1) >= goal, np.zeros(len(x)))
+    return first_refuted(lambda m: log_wealth(x, m[:, None], stake).max(1) >= goal, np.zeros(len(x)), steps=30)
