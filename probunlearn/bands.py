@@ -123,6 +123,19 @@ def mean_floor(
     return ordered @ np.diff(ceiling)
 
 # %% ../nbs/02a_bands.ipynb #90d919b8
+def _switch_level(small, large, below, top, k): # (Q,) level at which the most spread-out fit goes over from small to large scores
+    rows, start, end = np.arange(len(small)), np.zeros(len(small)), np.ones(len(small))
+    sums = [(p, np.cumsum(small**p * np.diff(below, prepend=0), 1), np.cumsum(large**p * np.diff(top, prepend=0), 1)) for p in (1, 2)[:1 + (k < np.inf)]]
+    for _ in range(45):
+        t = (start + end) / 2                                                           # (Q,)
+        i, j = np.searchsorted(below, t), np.searchsorted(top, t)
+        a, b = small[rows, i], large[rows, j]
+        moments = [left[rows, i] - (below[i] - t) * a**p + right[:, -1] - right[rows, j] + (top[j] - t) * b**p for p, left, right in sums]
+        std = np.sqrt(np.maximum(moments[1] - moments[0]**2, 0)) if k < np.inf else 0
+        rising = moments[0] - (a + b) / 2 > std / k
+        start, end = np.where(rising, t, start), np.where(rising, end, t)
+    return t
+
 def spread_ceiling(
     low:np.ndarray, # (Q, n) sorted scores in [0, 1], smallest possible
     high:np.ndarray, # (Q, n) sorted scores in [0, 1], largest possible
@@ -131,21 +144,11 @@ def spread_ceiling(
     k:float=np.inf, # weight of the standard deviation; infinity for the variance alone
 )->tuple[np.ndarray, np.ndarray]: # (Q,) mean and (Q,) variance where mean + k * std is largest
     "The distribution between floor and ceiling with the largest mean + k * std (sharp spread bounds: Stoye 2010)."
-    rows, top = np.arange(len(low)), np.append(floor[1:], 1)
-    small, large = np.pad(low, ((0, 0), (1, 0))), np.pad(high, ((0, 0), (0, 1)), constant_values=1)  # (Q, n + 1)
-    mass_small, mass_large = np.diff(ceiling, prepend=0), np.diff(top, prepend=0)                    # (n + 1,)
-    sums = [(power, np.cumsum(small**power * mass_small, 1), np.cumsum(large**power * mass_large, 1)) for power in (1, 2)[:1 + (k < np.inf)]]
-    start, end = np.zeros(len(low)), np.ones(len(low))
-    for _ in range(45):                                                                              # where does the objective stop rising?
-        t = (start + end) / 2                                                                        # (Q,)
-        i, j = np.searchsorted(ceiling, t), np.searchsorted(top, t)
-        a, b = small[rows, i], large[rows, j]
-        moments = [left[rows, i] - (ceiling[i] - t) * a**p + right[:, -1] - right[rows, j] + (top[j] - t) * b**p for p, left, right in sums]
-        std = np.sqrt(np.maximum(moments[1] - moments[0]**2, 0)) if k < np.inf else 0
-        rising = moments[0] - (a + b) / 2 > std / k
-        start, end = np.where(rising, t, start), np.where(rising, end, t)
-    left = np.clip(t[:, None] - ceiling + mass_small, 0, mass_small)                                 # (Q, n + 1) mass kept at small scores
-    right = np.clip(top - t[:, None], 0, mass_large)                                                 # (Q, n + 1) mass kept at large scores
+    small, large = np.pad(low, ((0, 0), (1, 0))), np.pad(high, ((0, 0), (0, 1)), constant_values=1)   # (Q, n + 1)
+    top = np.append(floor[1:], 1)                                                       # (n + 1,)
+    t = _switch_level(small, large, ceiling, top, k)[:, None]
+    left = np.minimum(t, ceiling) - np.minimum(t, np.append(0, ceiling[:-1]))           # (Q, n + 1) mass at small scores
+    right = np.maximum(t, top) - np.maximum(t, np.append(0, top[:-1]))                  # (Q, n + 1) mass at large scores
     mean = (left * small).sum(1) + (right * large).sum(1)
     return mean, (left * (small - mean[:, None])**2).sum(1) + (right * (large - mean[:, None])**2).sum(1)
 
