@@ -113,10 +113,10 @@ class Evaluate:
         print(f"report: {report.save(Path(self.out)/'report.html')}")
 
 # %% ../nbs/17_cli.ipynb #e638f30a
-DEMO = {    # what `unlearn` is told; all three take the same number of updates
-    "gradient difference": dict(method="grad_diff", retain_weight=3, lr=5e-4, steps=20),
-    "NPO": dict(method="npo", beta=3, retain_weight=3, lr=1e-4, steps=60),
-    "NPO + entropy": dict(method="npo", beta=3, retain_weight=3, lr=1e-4, steps=60, lambda_f=1, entropy_on="own"),
+DEMO = {    # what `unlearn` is told
+    "gradient difference": dict(method="grad_diff", retain_weight=3, lr=5e-4, steps=30),
+    "NPO": dict(method="npo", beta=8, retain_weight=3, lr=1e-4, steps=120),
+    "NPO + entropy": dict(method="npo", beta=8, retain_weight=3, lr=1e-4, steps=120, lambda_f=2, entropy_on="own"),
 }
 
 def demo_models(
