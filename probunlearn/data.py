@@ -38,8 +38,9 @@ def _record(row, number, source):
     "Row `number` of `source` as a `QA`."
     missing = [c for c in ("question", "answer") if c not in row]
     if missing: raise ValueError(f"{source}, row {number}: no column {' and '.join(missing)}; the columns are {', '.join(map(str, row))}")
-    return QA(str(row.get("id") or f"{Path(source).stem}-{number}"), row["question"], row["answer"], _words(row.get("keywords")),
-              row.get("paraphrased_question") or "", row.get("paraphrased_answer") or "", tuple(row.get("perturbed_answer") or ()))
+    id, perturbed = row.get("id"), row.get("perturbed_answer") or ()
+    return QA(f"{Path(source).stem}-{number}" if id is None or id == "" else str(id), row["question"], row["answer"], _words(row.get("keywords")),
+              row.get("paraphrased_question") or "", row.get("paraphrased_answer") or "", (perturbed,) if isinstance(perturbed, str) else tuple(perturbed))
 
 # %% ../nbs/00_data.ipynb #1964ca18
 def check_unique(
@@ -56,10 +57,12 @@ def check_unique(
 # %% ../nbs/00_data.ipynb #eaa3c6c1
 def _json_rows(path):
     "The rows of a JSON-lines file."
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):     # not splitlines: a text may hold U+2028 and its like
         if not line.strip(): continue
-        try: yield json.loads(line)
-        except json.JSONDecodeError as e: raise ValueError(f"{path}, line {number} is not a JSON object: {line[:60]!r}") from e
+        try: row = json.loads(line)
+        except json.JSONDecodeError: row = None
+        if not isinstance(row, dict): raise ValueError(f"{path}, line {number} is not a JSON object: {line.strip()[:60]!r}")
+        yield row
 
 def _file_rows(path):
     "The rows of one local file as dicts."
@@ -93,7 +96,7 @@ def load_qa(
     path = Path(source)
     if path.is_dir(): path = _folder_file(path, name)
     if path.is_file(): rows = _file_rows(path)
-    elif path.suffix or path.is_absolute(): raise FileNotFoundError(f"no such file or folder: {source}")
+    elif path.suffix in (".json", ".jsonl", ".csv") or path.is_absolute(): raise FileNotFoundError(f"no such file or folder: {source}")
     else: rows = _hub_rows(str(source), name)
     if not rows: raise ValueError(f"{source} holds no rows")
     return check_unique([_record(row, i, path if name is None else name) for i, row in enumerate(rows)])
@@ -135,7 +138,9 @@ class Template:
         messages = [{"role": "system", "content": self.system}] * bool(self.system) + [{"role": "user", "content": question}]
         prompt = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if answer is None: return prompt, prompt
-        return prompt, tok.apply_chat_template(messages + [{"role": "assistant", "content": answer}], tokenize=False)
+        text = tok.apply_chat_template(messages + [{"role": "assistant", "content": answer}], tokenize=False)
+        if not text.startswith(prompt): raise ValueError(f"the chat template prompts with {prompt[-60:]!r}, which doesn't begin the text with the answer: use a plain template")
+        return prompt, text
 
 # %% ../nbs/00_data.ipynb #8e87b3a6
 def encode_prompt(
@@ -144,7 +149,8 @@ def encode_prompt(
     template: Template = Template(),
 ):                                      # list of token ids
     "The token ids that the model is prompted with."
-    return tok(template.texts(tok, question)[0], add_special_tokens=not template.chat)["input_ids"]
+    ids = tok(template.texts(tok, question)[0], add_special_tokens=not template.chat)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == tok.eos_token_id and not template.chat else ids           # an end token that the tokenizer adds
 
 def encode(
     tok,                                # a fast tokenizer (it must give character offsets)
@@ -156,5 +162,8 @@ def encode(
     prompt, text = template.texts(tok, qa.question, qa.answer if answer is None else answer)
     enc = tok(text, add_special_tokens=not template.chat, return_offsets_mapping=True)
     ids, ends = list(enc["input_ids"]), [end for _, end in enc["offset_mapping"]]
-    if not template.chat and ids[-1] != tok.eos_token_id: ids, ends = ids + [tok.eos_token_id], ends + [len(text) + 1]
+    if not template.chat:
+        if tok.eos_token_id is None: raise ValueError("the tokenizer has no end-of-text token: set tok.eos_token, or answers never end")
+        kept = len(ids) - (ids[-1] == tok.eos_token_id)                                             # some tokenizers add it, without an offset
+        ids, ends = ids[:kept] + [tok.eos_token_id], ends[:kept] + [len(text) + 1]
     return dict(input_ids=ids, labels=[i if end > len(prompt) else -100 for i, end in zip(ids, ends)])

@@ -31,9 +31,10 @@ def token_stats(
     labels,     # (B, T), -100 outside the answer
 ):              # `TokenStats`
     "Negative log-likelihood and entropy of each position."
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                                   # float64 stays what it is
     target = F.pad(labels[:, 1:], (0, 1), value=-100)                                                       # (B, T)
-    nll = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none", ignore_index=-100).view_as(target)
-    return TokenStats(nll, entropy(logits.float()), target != -100)
+    nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none", ignore_index=-100).view_as(target)
+    return TokenStats(nll, entropy(logits), target != -100)
 
 def answer_stats(
     lm,         # causal LM

@@ -8,6 +8,7 @@ __all__ = ['best_device', 'end_ids', 'load_lm', 'small_lm', 'save_lm', 'lm_finge
 # %% ../nbs/09_models.ipynb #8adfb945
 from importlib.resources import files
 from pathlib import Path
+import copy
 import hashlib
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,8 +65,10 @@ def save_lm(
     dtype=None,     # store in another format, e.g. torch.float16
 ):                  # the folder's path
     "Write model and tokenizer as a folder that `load_lm` reads; adapters are merged into the weights."
-    if hasattr(lm, "merge_and_unload"): lm = lm.merge_and_unload()
-    state = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in lm.state_dict().items()}
+    if hasattr(lm, "merge_and_unload"): lm = copy.deepcopy(lm).merge_and_unload()       # merging in place would end the adapter
+    cast = {}
+    def stored(v): return cast.setdefault((v.data_ptr(), v.shape), v.to(dtype)) if dtype and v.is_floating_point() else v     # tied weights stay one
+    state = {k: stored(v) for k, v in lm.state_dict().items()}
     lm.save_pretrained(folder, state_dict=state)
     tok.save_pretrained(folder)
     return Path(folder)

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 # %% ../nbs/10_sampling.ipynb #ecc0debe
 from .data import Template, check_unique, encode_prompt
-from .draws import Decoding, Draws, draws_from_tokens
+from .draws import Decoding, Draws, draws_from_tokens, is_whole
 from .models import end_ids
 
 # %% ../nbs/10_sampling.ipynb #aeff10c0
@@ -63,7 +63,7 @@ def token_law(
 ):                      # (R, V) int64, each row sums to 2^52; ValueError when logits are NaN
     "The distribution of the next token as whole parts of 2^52."
     z = logits.float() if logits.device.type == "mps" else logits.double()
-    if z.isnan().any(): raise ValueError("the model's logits are NaN: is it loaded in a number format that overflows?")
+    if (z.isnan() | (z == math.inf)).any(): raise ValueError("the model's logits are NaN or infinite: is it loaded in a number format that overflows?")
     temperature = torch.as_tensor(temperature, device=z.device, dtype=z.dtype).expand(len(z))[:, None]  # (R, 1)
     greedy = torch.full_like(z, -math.inf).scatter(-1, z.argmax(-1, keepdim=True), 0)
     z = torch.where(temperature > 0, z / temperature.clamp(min=1e-30), greedy)
@@ -162,8 +162,9 @@ def sample(
     progress: bool = True,
 ):                                      # list of `Draws`, one per question; ValueError on n < 1, no questions, duplicate ids or a full context
     "Draw `n` independent answers to each question, with exact log-probabilities."
-    if n != int(n) or n < 1: raise ValueError(f"n must be a whole number >= 1, got {n!r}")
-    if rule: decoding = replace(decoding, rule=str(rule))
+    for name, value in (("n", n), ("merge", merge)):
+        if not is_whole(value, 1): raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    n, merge, decoding = int(n), int(merge), replace(decoding, rule=str(rule) if rule else "")
     prompts = _prompts(lm, tok, qas, decoding, template)
     blocks = [(q, start, min(start + BLOCK, n)) for q in range(len(qas)) for start in range(0, n, BLOCK)]
     drawn = [([], []) for _ in qas]

@@ -19,7 +19,7 @@ class AdaptiveTemperature:
     def __post_init__(self):
         if not 0 <= self.confidence <= 1: raise ValueError(f"confidence must be in [0, 1], got {self.confidence!r}")
 
-    def __str__(self): return f"greedy above a mean confidence of {self.confidence:g}"
+    def __str__(self): return f"greedy above a mean confidence of {self.confidence!r}"
 
     def start(self, rows, device):
         "The state before the first token."

@@ -12,19 +12,28 @@ import math
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 
 # %% ../nbs/15_training.ipynb #24d8d8d3
 from .data import Template, check_unique, encode, encode_prompt
-from .draws import Decoding
+from .draws import Decoding, is_whole
 from .losses import answer_mean, answer_stats, answer_sum, grad_ascent, grad_diff, mean_entropy, npo
 from .sampling import greedy, sample
 from .scores import score_draws
 
 # %% ../nbs/15_training.ipynb #f91be593
+def _need(config, name, allowed, ok):
+    value = getattr(config, name)
+    if not ok(value): raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+def _one_of(config, name, allowed):
+    value = getattr(config, name)
+    if value not in allowed: raise ValueError(f"unknown {name} {value!r}; allowed are {', '.join(allowed)}")
+
 @dataclass
 class TrainConfig:
     "How a model is trained. ValueError on a setting out of range."
@@ -54,10 +63,13 @@ class TrainConfig:
     "updates between two looks at leakage; 0 never looks"
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "accumulate", "lr"):
-            if not getattr(self, name) > 0: raise ValueError(f"{name} must be > 0, got {getattr(self, name)!r}")
-        if self.steps is not None and self.steps < 1: raise ValueError(f"steps must be at least 1, got {self.steps!r}")
-        if not 0 <= self.warmup <= 1: raise ValueError(f"warmup must be a share in [0, 1], got {self.warmup!r}")
+        for name in ("epochs", "lr", "max_grad_norm"): _need(self, name, "> 0", lambda v: v > 0)
+        for name in ("weight_decay", "probe_every"): _need(self, name, ">= 0", lambda v: v >= 0)
+        for name in ("batch_size", "accumulate"): _need(self, name, "a whole number >= 1", lambda v: is_whole(v, 1))
+        _need(self, "steps", "a whole number >= 1, or None", lambda v: v is None or is_whole(v, 1))
+        _need(self, "warmup", "a share in [0, 1]", lambda v: 0 <= v <= 1)
+        _one_of(self, "schedule", [s.value for s in SchedulerType])
+        _one_of(self, "mixed_precision", ("auto", "no", "bf16", "fp16"))
 
     def updates(self, records):
         "How many optimiser updates a run over so many records takes."
@@ -94,9 +106,11 @@ class UnlearnConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.method not in METHODS: raise ValueError(f"unknown method {self.method!r}; allowed are {', '.join(METHODS)}")
-        if self.entropy_on not in ENTROPY_ON: raise ValueError(f"unknown entropy_on {self.entropy_on!r}; allowed are {', '.join(ENTROPY_ON)}")
-        if not self.beta > 0: raise ValueError(f"beta must be > 0, got {self.beta!r}")
+        _one_of(self, "method", METHODS)
+        _one_of(self, "entropy_on", ENTROPY_ON)
+        _need(self, "beta", "> 0", lambda v: v > 0)
+        for name in ("lambda_f", "lambda_r", "retain_weight"): _need(self, name, "a finite number", math.isfinite)
+        for name in ("ramp", "leak_at"): _need(self, name, "a share in [0, 1]", lambda v: 0 <= v <= 1)
 
     def entropy_weights(self, progress):
         "(λ_f, λ_r) when the share `progress` of the updates is done."
@@ -121,6 +135,7 @@ def _order(records, count, rng):
 def _encode_all(lm, tok, qas, template):
     "All records as token lists; ValueError names a record that is longer than the model's context."
     room = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if tok.pad_token_id is None: raise ValueError("the tokenizer has no padding token: set tok.pad_token, for instance to tok.eos_token")
     rows = [encode(tok, qa, template) for qa in check_unique(qas)]
     for qa, row in zip(qas, rows):
         if len(row["input_ids"]) > room: raise ValueError(f"record {qa.id!r} has {len(row['input_ids'])} tokens, more than the model's {room} positions")
@@ -152,24 +167,26 @@ class History:
 def _loop(lm, tok, rows, config, loss_of, probe):
     "Train on `rows` (a list of batches' worth of items, in order); `loss_of(batch, progress) → (loss, values)`."
     updates = len(rows) // (config.batch_size * config.accumulate)
+    AcceleratorState._reset_state()      # accelerate keeps the number format of the process's first run
     accelerator = Accelerator(mixed_precision=config.precision(), gradient_accumulation_steps=config.accumulate, cpu=lm.device.type == "cpu")
     optimizer = torch.optim.AdamW([p for p in lm.parameters() if p.requires_grad], lr=config.lr, weight_decay=config.weight_decay)
     schedule = get_scheduler(config.schedule, optimizer, round(config.warmup * updates), updates)
     loader = DataLoader(rows, config.batch_size, collate_fn=list)
     model, optimizer, schedule = accelerator.prepare(lm, optimizer, schedule)
-    history, step = History(), 0
+    history, step, seen = History(), 0, []
     model.train()
     for items in tqdm(loader, "training", delay=3, mininterval=1, unit="batch"):
         with accelerator.accumulate(model):
             loss, values = loss_of(model, items, step / updates)
-            if not torch.isfinite(loss): raise FloatingPointError(f"the loss is {float(loss)} at update {step + 1}: lower lr ({config.lr}) or use mixed_precision='no'")
+            if not torch.isfinite(loss): raise FloatingPointError(f"the loss is {float(loss.detach())} at update {step + 1}: lower lr ({config.lr}) or use mixed_precision='no'")
             accelerator.backward(loss)
             if accelerator.sync_gradients: accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             optimizer.step(); schedule.step(); optimizer.zero_grad()
+        seen.append(dict(loss=loss, **values))
         if not accelerator.sync_gradients: continue
-        step += 1
+        step, values, seen = step + 1, {k: sum(float(v[k].detach()) for v in seen) / len(seen) for k in seen[0]}, []
         if probe and config.probe_every and (step % config.probe_every == 0 or step == updates): values |= _look(lm, probe)
-        history.add(step=step, loss=loss, **values)
+        history.add(step=step, **values)
     lm.eval()
     return history
 
@@ -208,9 +225,12 @@ def reference_nll(
     batch_size: int = 32,
 ):                          # (records,) summed NLL of each answer, nats
     "How likely each answer is before training."
+    training = lm.training
     lm.eval()
     batches = [_to(pad_batch(rows[i:i + batch_size], tok.pad_token_id), lm.device) for i in range(0, len(rows), batch_size)]
-    return torch.cat([answer_sum(s.nll, s.answer) for s in (answer_stats(lm, b) for b in batches)])
+    nll = torch.cat([answer_sum(s.nll, s.answer) for s in (answer_stats(lm, b) for b in batches)])
+    lm.train(training)
+    return nll
 
 # %% ../nbs/15_training.ipynb #5b8c02a0
 @torch.no_grad()
@@ -222,11 +242,12 @@ def own_answers(
     max_new_tokens: int = 48,
 ):                                  # (encoded records: each prompt with the model's own answer, whether each answer leaks)
     "The model's greedy answers as they are now, ready to be trained on."
+    training = lm.training
     lm.eval()
     qas = list(dict.fromkeys(qas))                                  # a batch may hold the end of one pass and the start of the next
     draws = greedy(lm, tok, qas, Decoding(max_new_tokens=max_new_tokens), template)
     leaks = [score_draws([d], [qa], "keywords_any" if qa.keywords else "rouge_l_recall")[0, 0] >= leak_at for d, qa in zip(draws, qas)]
-    lm.train()
+    lm.train(training)
     def row(prompt, answer): return dict(input_ids=prompt + answer, labels=[-100] * len(prompt) + answer)
     return [row(encode_prompt(tok, qa.question, template), list(d.tokens[0])) for qa, d in zip(qas, draws)], leaks
 

@@ -93,7 +93,7 @@ def write_authors(
     cut = {"full": qas}
     for percent in (1, 5, 10):
         k = len(qas) * percent // 100
-        cut |= {f"forget{percent:02d}": qas[-k:], f"retain{100 - percent}": qas[:-k]}
+        cut |= {f"forget{percent:02d}": qas[len(qas) - k:], f"retain{100 - percent}": qas[:len(qas) - k]}
     for name, part in cut.items():
         rows = [dict(id=q.id, question=q.question, answer=q.answer, keywords=q.keywords, paraphrased_question=q.paraphrased_question,
                      paraphrased_answer=q.paraphrased_answer, perturbed_answer=q.perturbed_answers) for q in part]

@@ -296,3 +296,62 @@ def test_packaged_files_are_that_world(tmp_path):
     assert sorted(p.stem for p in tmp_path.iterdir()) == sorted(SPLITS)
     assert all(load_qa(p) == fictional_authors(p.stem) for p in tmp_path.iterdir())
     with pytest.raises(ValueError, match="unknown split 'forget50'; allowed are full, "): fictional_authors("forget50")
+
+
+@pytest.mark.parametrize("kind", ["byte bpe", "wordpiece"])
+@pytest.mark.parametrize("around", ["<s> $A </s>", "$A </s>"])
+def test_an_end_token_that_the_tokenizer_adds_is_learnt_and_never_prompted(kind, around):
+    tok = (byte_bpe if kind == "byte bpe" else wordpiece)(around)
+    out = encode(tok, QAS[0])
+    assert labelled(out)[-1] == tok.eos_token_id and out["input_ids"].count(tok.eos_token_id) == 1
+    assert encode_prompt(tok, QAS[0].question)[-1] != tok.eos_token_id
+
+
+def test_a_tokenizer_without_end_token_is_refused():
+    with pytest.raises(ValueError, match="end-of-text|eos"): encode(byte_bpe(eos_token=None), QAS[0])
+
+
+def test_chat_template_whose_prompt_does_not_begin_the_whole_text():
+    "Some templates add an empty thought to the prompt only: labels must not silently miss the answer's beginning."
+    tok, qa = chat_tokenizer(THINKING), QAS[0]
+    try: out = encode(tok, qa, Template(chat=True))
+    except ValueError as e:
+        assert "chat template" in str(e)
+        return
+    assert tok.decode(labelled(out)).startswith(qa.answer)
+
+
+def test_text_of_any_language_survives(tmp_path):
+    row = {"question": "東京は? naïve 🙂 \u2028 \x85 \x0c", "answer": "A\u2029B \x1e"}
+    assert [(q.question, q.answer) for q in load_qa(write(tmp_path/"d.jsonl", row))] == [tuple(row.values())]
+
+
+def test_a_file_with_byte_order_mark_is_read(tmp_path):
+    (tmp_path/"d.jsonl").write_text(json.dumps(ROW), encoding="utf-8-sig")
+    assert load_qa(tmp_path/"d.jsonl")[0].question == "Who?"
+
+
+def test_one_perturbed_answer_is_one_text(tmp_path):
+    "A string in that column is one answer, not its letters."
+    assert load_qa(write(tmp_path/"d.jsonl", ROW | {"perturbed_answer": "Somebody."}))[0].perturbed_answers == ("Somebody.",)
+
+
+def test_an_id_may_be_zero(tmp_path):
+    assert [q.id for q in load_qa(write(tmp_path/"d.jsonl", ROW | {"id": 0}, ROW | {"id": 1}))] == ["0", "1"]
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", "5", "null", '"question answer"'])
+def test_a_line_that_is_no_object_is_named(line, tmp_path):
+    with pytest.raises(ValueError, match="line 2 is not a JSON object"): load_qa(write(tmp_path/"d.jsonl", text=json.dumps(ROW) + "\n" + line + "\n"))
+
+
+def test_a_hub_id_may_hold_a_dot(tmp_path, monkeypatch): through_datasets("some-org/set-v1.1", tmp_path, monkeypatch)
+
+
+def test_worlds_smaller_than_a_hundred_records_split_too(tmp_path):
+    "9 authors have 90 records; 1 % of them is none: the file must be empty or absent, not everything."
+    world = make_authors(9)
+    write_authors(tmp_path, world)
+    path = tmp_path/"forget01.jsonl"
+    assert not path.exists() or path.read_text() == ""
+    assert len((tmp_path/"retain99.jsonl").read_text().splitlines()) == 90

@@ -157,3 +157,28 @@ def test_fingerprints_tell_settings_apart_and_ignore_order():
     assert fingerprint(dict(a=1, b=[2, "é"])) == fingerprint(dict(b=[2, "é"], a=1)) != fingerprint(dict(a=1, b=["é", 2]))
     assert len({fingerprint(v) for v in (1, 1.5, "1", None, [], {}, [1], True)}) == 8
     assert fingerprint({"a": 1}) == "f9d86028c6e0d64e"                          # `sha256sum` of the text {"a": 1}: stored runs depend on it
+
+
+@pytest.mark.parametrize("kind", ["broken metadata", "other columns", "unknown decoding", "no decoding"])
+def test_a_file_with_half_our_marks_is_a_value_error(kind, tmp_path):
+    pq.write_table(FOREIGN[kind], tmp_path/"x.parquet")
+    with pytest.raises(ValueError, match="x.parquet is not a whole file of draws"): load_draws(tmp_path/"x.parquet")
+
+
+def test_a_flipped_byte_never_gives_wrong_draws_silently(tmp_path):
+    "Anywhere in the file: an error, or the very same draws."
+    path, d = tmp_path/"d.parquet", drawn(500)
+    save_draws(d, path)
+    data, silent = path.read_bytes(), []
+    for at in range(4, len(data) - 8, 41):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1:])
+        try: again = load_draws(path)
+        except (ValueError, OSError): continue
+        if not same(again, d): silent.append(at)
+    assert not silent
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "max_new_tokens"])
+@pytest.mark.parametrize("value", [None, "1", float("nan"), float("inf")])
+def test_a_setting_that_is_no_number_is_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be "): Decoding(**{name: value})

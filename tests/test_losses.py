@@ -171,3 +171,10 @@ def test_gradients_of_token_stats_equal_the_formulas():
     expected = F.pad((p[:, :2] - target) * (labels[:, 1:] != -100)[..., None], (0, 0, 0, 1))
     assert torch.allclose(torch.autograd.grad(stats.nll.sum(), logits, retain_graph=True)[0], expected, atol=1e-6)
     assert torch.allclose(torch.autograd.grad(stats.entropy.sum(), logits)[0], -p * (p.log() + entropy(p.log())[..., None]), atol=1e-6)
+
+
+def test_float64_models_are_scored_in_float64():
+    "Double precision in, double precision out."
+    assert batch().nll.dtype == batch().entropy.dtype == torch.float64
+    near_exact = answer_sum(batch().nll, batch().answer)
+    assert [float(v) for v in near_exact] == pytest.approx([LONG, SHORT], rel=1e-13)

@@ -160,3 +160,18 @@ def test_a_saved_adapter_is_merged_into_a_plain_model(tmp_path):
     before = logits(lm, tok)
     again, _ = load_lm(save_lm(lm, tok, tmp_path), device="cpu")
     assert not hasattr(again, "merge_and_unload") and torch.allclose(logits(again, tok), before, atol=1e-3)
+
+
+def test_float16_halves_the_file(full, tmp_path):
+    "Tied weights are stored once in every format."
+    sizes = [(save_lm(*full, tmp_path/str(d), dtype=d)/"model.safetensors").stat().st_size for d in (torch.float16, torch.float32)]
+    assert .49 < sizes[0] / sizes[1] < .51
+
+
+def test_saving_leaves_the_adapter_in_place(tmp_path):
+    "Training may go on after a checkpoint."
+    lm, tok = shaken_lora()
+    names, before = set(lm.state_dict()), logits(lm, tok)
+    save_lm(lm, tok, tmp_path)
+    assert set(lm.state_dict()) == names and torch.allclose(logits(lm, tok), before, atol=1e-4)
+    with lm.disable_adapter(): assert (logits(lm, tok) - before).abs().max() > 1e-2

@@ -293,3 +293,31 @@ def test_sampling_leaves_the_model_in_its_mode_and_without_gradients():
     lm = random_lm("llama", 12)
     sample(lm, LetterTok(12), letters(1), 8, Decoding(max_new_tokens=2), template=BARE)
     assert not lm.training and all(p.grad is None for p in lm.parameters())
+
+
+@pytest.mark.parametrize("n", [float("nan"), float("inf"), None, "many"])
+def test_an_n_that_is_no_number_is_named(n):
+    with pytest.raises(ValueError, match="n must be a whole number >= 1"): sample(constant_lm([.5, .5]), LetterTok(2), letters(1), n, template=BARE)
+
+
+def test_whole_numbers_may_be_floats_or_numpy():
+    lm, tok, qas = constant_lm([.5, .3, .2]), LetterTok(3), letters(1)
+    assert sample(lm, tok, qas, 4., Decoding(max_new_tokens=2), template=BARE)[0].texts == sample(lm, tok, qas, np.int64(4), Decoding(max_new_tokens=np.int64(2)), template=BARE)[0].texts
+    assert sample(lm, tok, qas, 4, Decoding(max_new_tokens=2., top_k=2.), template=BARE)[0].n == 4
+
+
+def test_a_wrong_merge_is_named():
+    with pytest.raises(ValueError, match="merge"): sample(constant_lm([.5, .5]), LetterTok(2), letters(1), 4, template=BARE, merge=0)
+
+
+def test_infinite_logits_are_refused():
+    "An overflowing model (float16) gives +inf, whose softmax is NaN."
+    with pytest.raises(ValueError): token_law(torch.tensor([[torch.inf, 0., 1.]]), 1.)
+
+
+def test_draws_do_not_claim_a_rule_that_was_not_applied():
+    "The decoding of other draws may be reused; what it says about a rule must be true."
+    lm, tok, old = constant_lm([.5, .5]), LetterTok(2), Decoding(max_new_tokens=2, rule="greedy above a mean confidence of 0.9")
+    try: d = sample(lm, tok, letters(1), 4, old, template=BARE)[0]
+    except ValueError: return
+    assert d.decoding.rule == ""

@@ -113,3 +113,8 @@ def test_the_processor_matches_the_sampler_in_law():
 @pytest.mark.parametrize("confidence", [-.1, 1.5, float("nan")])
 def test_a_threshold_out_of_range_is_named(confidence):
     with pytest.raises(ValueError, match=r"confidence must be in \[0, 1\]"): AdaptiveTemperature(confidence)
+
+
+def test_rules_with_close_thresholds_can_be_told_apart():
+    "The description is part of the fingerprint of draws."
+    assert str(AdaptiveTemperature(.9)) != str(AdaptiveTemperature(.9000001))

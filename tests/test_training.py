@@ -268,7 +268,7 @@ def test_bad_records_are_refused(qas, match):
 
 @pytest.mark.parametrize("how,match", [(dict(method="forget"), "unknown method 'forget'; allowed are grad_ascent, grad_diff, npo"), (dict(entropy_on="prompt"), "unknown entropy_on 'prompt'; allowed are answer, all, own"),
                                        (dict(beta=0), "beta must be > 0, got 0"), (dict(beta=float("nan")), "beta must be > 0, got nan"), (dict(lr=0), "lr must be > 0, got 0"), (dict(lr=-1.), "lr must be > 0, got -1.0"),
-                                       (dict(batch_size=0), "batch_size must be > 0"), (dict(accumulate=0), "accumulate must be > 0"), (dict(epochs=0), "epochs must be > 0"), (dict(steps=0), "steps must be at least 1"),
+                                       (dict(batch_size=0), "batch_size must be a whole number >= 1"), (dict(accumulate=0), "accumulate must be a whole number >= 1"), (dict(epochs=0), "epochs must be > 0"), (dict(steps=0), "steps must be a whole number >= 1"),
                                        (dict(warmup=1.5), r"warmup must be a share in \[0, 1\], got 1.5")])
 def test_a_bad_setting_is_named(how, match):
     with pytest.raises(ValueError, match=match): UnlearnConfig(**how)
@@ -280,3 +280,42 @@ def test_own_answers_that_do_not_fit_the_context_are_refused_before_the_first_up
     before = lm_fingerprint(lm)
     with pytest.raises(ValueError, match="positions"): unlearn(lm, tok, FORGET[:4], RETAIN[:4], quick_unlearn(lambda_f=1., entropy_on="own", lr=1e-2))
     assert lm_fingerprint(lm) == before
+
+
+def test_another_number_format_in_one_process():
+    "bf16 runs on a CPU too, and float32 after it."
+    for precision in ("no", "bf16", "no"):
+        lm, tok = fresh("retain")
+        assert np.isfinite(finetune(lm, tok, FORGET[:4], quick(steps=1, mixed_precision=precision)).rows[0]["loss"])
+        assert next(lm.parameters()).dtype == torch.float32
+
+
+def test_a_history_row_covers_the_whole_update():
+    "With accumulated batches the recorded loss is the mean over the update, not that of its last batch."
+    qas, rows = same_length(fresh()[1]), []
+    for how in (dict(batch_size=8), dict(batch_size=1, accumulate=8)):
+        lm, tok = fresh("retain")
+        rows.append(unlearn(lm, tok, qas, RETAIN[:8], quick_unlearn(steps=1, method="grad_ascent", **how)).rows[0]["forget_nll"])
+    assert rows[0] == pytest.approx(rows[1], rel=.01)
+
+
+@pytest.mark.parametrize("look", [lambda lm, tok: own_answers(lm, tok, FORGET[:1]), lambda lm, tok: reference_nll(lm, tok, [encode(tok, FORGET[0])])], ids=["own_answers", "reference_nll"])
+def test_a_look_leaves_the_model_in_its_mode(look):
+    lm, tok = fresh("retain")
+    for training in (False, True):
+        look(lm.train(training), tok)
+        assert lm.training == training
+
+
+@pytest.mark.parametrize("how,match", [(dict(ramp=-.1), "ramp"), (dict(ramp=1.5), "ramp"), (dict(max_grad_norm=0), "max_grad_norm"), (dict(weight_decay=-1), "weight_decay"), (dict(schedule="zigzag"), "schedule"),
+                                       (dict(mixed_precision="fp8000"), "mixed_precision"), (dict(batch_size=2.5), "batch_size"), (dict(steps=2.5), "steps"), (dict(lambda_f=float("nan")), "lambda_f"),
+                                       (dict(probe_every=-1), "probe_every"), (dict(leak_at=2.), "leak_at")])
+def test_more_bad_settings_are_named(how, match):
+    with pytest.raises(ValueError, match=f"{match}"): UnlearnConfig(**how)
+
+
+def test_a_tokenizer_without_padding_token_is_named():
+    def call(lm, tok):
+        tok.pad_token = None
+        finetune(lm, tok, FORGET[:4], quick())
+    untouched(call, ValueError, "padding|pad_token|pad token")
