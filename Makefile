@@ -14,6 +14,8 @@ help:
 	@echo "make notebooks  run every notebook, keep its outputs, write README.md"
 	@echo "make lab        JupyterLab on nbs/"
 
+# one thread is enough for small models; on a busy machine two were eight times slower than one
+demo: export OMP_NUM_THREADS ?= 1
 demo: $(READY)
 	$(BIN)/probunlearn demo
 

@@ -20,6 +20,7 @@ from .data import check_unique
 from .metrics import dataset_claims, diversity, leakage, leaked, seen_mass_bounds
 from .plots import method_board, score_density, style
 from .scores import check_score, score_answers, score_draws, score_name
+from .sequential import looked
 
 # %% ../nbs/07a_report.ipynb #4e99ea38
 @dataclass
@@ -62,6 +63,8 @@ class Report:
     leak_at: float = 1.0            # a draw leaks when its score is at least this
     alpha: float = 0.01             # chance that one claim is wrong
     how: dict = field(default_factory=dict)     # provenance: model, seed, versions, …
+    looks: int = 1                  # how often somebody looked at these draws and could have stopped
+    models: int = 1                 # how many models this one was chosen from by what these draws say
 
     def __post_init__(self):
         for asked in filter(None, (self.forget, self.retain)): check_score(self.score, asked.qas)
@@ -76,9 +79,9 @@ class Report:
 
     @property
     def bounds(self):
-        "The guaranteed statements by name, each wrong with probability at most alpha."
+        "The guaranteed statements by name, each wrong with probability at most alpha · looks · models."
         claims = dataset_claims(self.x, self.alpha, self.leak_at, missing="worst")
-        return {name: replace(bound, decoding=self.scope) for name, bound in claims.items()}
+        return {name: replace(looked(bound, self.looks, self.models), decoding=self.scope) for name, bound in claims.items()}
 
     @property
     def claims(self):
@@ -222,6 +225,11 @@ class Board:
         import pandas as pd
         return pd.DataFrame({r.name: r.summary() for r in self.reports}).T.rename_axis("model")
 
+    def best(self):
+        "The model with the lowest bound. Its claims pay for the choice; drawn again with a fresh seed they wouldn't have to."
+        rivals = [r for r in self.reports if r.name not in self.reference]
+        return replace(min(rivals, key=lambda r: float(r.bounds["average leak"])), models=len(rivals))
+
     def plot(self, ax=None):
         "Greedy, sampled and bounded leakage of each model beside what it keeps."
         return method_board(self.to_frame(), self.reference, score=f"P({self.reports[0].what_leaks})", ax=ax)
@@ -239,4 +247,5 @@ _COLUMNS = dict(greedy="greedy leaks", mean="draws leak", bound="average P(leak)
                 score="mean score", ed="ED", words="words", empty="empty", distinct="distinct", retain="retain, greedy", retain_draws="retain, draws", retain_distinct="retain distinct")
 _LEGEND = ("Shares from 0 to 1. Greedy leaks: share of forget questions whose greedy answer leaks. Average P(leak) ≤: pooled over these questions. Worst P(leak) ≤: holds for all "
            "questions jointly (Bonferroni). ≤ for certain: from exact answer probabilities, no statistics. ED: mean + 2 standard deviations of the score. Words and empty: median "
-           "length and share of empty greedy answers on forget questions. Distinct: distinct answers per draw.")
+           "length and share of empty greedy answers on forget questions. Distinct: distinct answers per draw. A model picked from this table for its bound has to be drawn again with "
+           "a fresh seed before anything is claimed about it.")

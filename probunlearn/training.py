@@ -22,6 +22,7 @@ from transformers import SchedulerType, get_scheduler
 from .data import Template, check_unique, encode, encode_prompt
 from .draws import Decoding, is_whole
 from .losses import answer_mean, answer_stats, answer_sum, grad_ascent, grad_diff, mean_entropy, npo
+from .plots import COLOURS
 from .sampling import greedy, sample
 from .scores import score_draws
 
@@ -154,14 +155,18 @@ class History:
         return pd.DataFrame(self.rows)
 
     def plot(self, ax=None):
-        "Losses, and leakage on a second axis where it was probed."
+        "Loss and entropy per token, update by update."
         import matplotlib.pyplot as plt
         ax = ax or plt.subplots(figsize=(6, 3))[1]
         frame = self.to_frame().set_index("step")
-        for name in frame.columns.intersection(["forget_nll", "retain_nll", "nll", "entropy"]): ax.plot(frame[name], label=name.replace("_", " "))
-        ax.set(title=f"{len(frame)} updates", xlabel="update", ylabel="nats per token", yscale="symlog")
+        shown = frame.columns.intersection(["nll", "forget_nll", "retain_nll", "forget_entropy", "retain_entropy"])
+        for name in shown: ax.plot(frame[name], color=_COLOUR[name], ls="--" if "entropy" in name else "-", label=name.replace("_nll", " NLL").replace("_", " "))
+        ax.set(title=f"{shown[0].replace('_nll', ' NLL')}: {frame[shown[0]].iloc[0]:.2g} → {frame[shown[0]].iloc[-1]:.2g} nats in {len(frame)} updates",
+               xlabel="update", ylabel="nats per token", yscale="symlog")
         ax.legend()
         return ax
+
+_COLOUR = {"nll": COLOURS["retain"], "forget_nll": COLOURS["forget"], "retain_nll": COLOURS["retain"], "forget_entropy": COLOURS["forget"], "retain_entropy": COLOURS["retain"]}
 
 # %% ../nbs/15_training.ipynb #627b30a3
 def _loop(lm, tok, rows, config, loss_of, probe):

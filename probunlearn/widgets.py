@@ -73,7 +73,7 @@ def bound_explorer(): # a box of controls, the picture and its numbers
                     seed=W.IntSlider(min=0, max=50, description="repetition"))
     def show(_=None):
         settings = {name: control.value for name, control in controls.items()}
-        with plt.ioff(): image.value = _picture(bounds_against_truth(**settings))
+        with plt.rc_context({"interactive": False}): image.value = _picture(bounds_against_truth(**settings))
         values, truth = bounds_and_truth(**settings)
         numbers.value = escape(f"truth {truth:.4f}; " + ", ".join(f"{method} {value:.4f}" for method, value in values.items()))
     for control in controls.values(): control.observe(show, "value")
