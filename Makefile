@@ -8,7 +8,7 @@ READY   := $(VENV)/installed
 .PHONY: help demo test test-slow drift notebooks readme lab
 
 help:
-	@echo "make demo       unlearn with a small model on the CPU and open demo_report/index.html (3 minutes)"
+	@echo "make demo       unlearn with a small model on the CPU and write demo_report/index.html (3 minutes)"
 	@echo "make test       what CI runs: drift check, every notebook, tests/"
 	@echo "make test-slow  the cells and tests flagged slow"
 	@echo "make notebooks  run every notebook, keep its outputs, write README.md"

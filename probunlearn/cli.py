@@ -9,18 +9,19 @@ __all__ = ['DEMO', 'COMMANDS', 'Finetune', 'Unlearn', 'Evaluate', 'demo_models',
 from dataclasses import dataclass, fields
 from pathlib import Path
 import copy
-import sys
 import time
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 # %% ../nbs/17_cli.ipynb #515c769b
+from .bounds import check_alpha
 from .data import fictional_authors, load_qa
 from .draws import Decoding
 from .evaluation import evaluate
 from .models import load_lm, save_lm, small_lm
 from .report import Board
+from .scores import check_score
 from .temperature import AdaptiveTemperature
-from .training import TrainConfig, UnlearnConfig, finetune, unlearn
+from .training import TrainConfig, UnlearnConfig, finetune, leak_probe, unlearn
 
 # %% ../nbs/17_cli.ipynb #d5c0c2de
 def _records(source, name=None):
@@ -32,6 +33,16 @@ def _model(source):
     return small_lm(source.split(":")[1]) if source.startswith("small:") else load_lm(source)
 
 # %% ../nbs/17_cli.ipynb #533305dc
+def _folder(out):
+    "The folder for results, made before the work begins, so that a bad path fails early."
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return Path(out)
+
+def _save(lm, tok, out, history):
+    "Write the trained model, and what was measured on the way."
+    history.to_frame().to_csv(save_lm(lm, tok, out)/"history.csv", index=False)
+    print(f"saved to {out}; history.csv has {len(history.rows)} updates")
+
 @dataclass(kw_only=True)
 class Finetune(TrainConfig):
     "Teach a model the answers to questions."
@@ -45,9 +56,9 @@ class Finetune(TrainConfig):
     "folder for the trained model"
 
     def run(self):
+        qas, out = _records(self.data, self.split), _folder(self.out)
         lm, tok = _model(self.model)
-        finetune(lm, tok, _records(self.data, self.split), self)
-        print(f"saved to {save_lm(lm, tok, self.out)}")
+        _save(lm, tok, out, finetune(lm, tok, qas, self))
 
 @dataclass(kw_only=True)
 class Unlearn(UnlearnConfig):
@@ -64,9 +75,10 @@ class Unlearn(UnlearnConfig):
     "folder for the unlearned model"
 
     def run(self):
+        forget, retain, out = _records(self.data, self.forget), _records(self.data, self.retain), _folder(self.out)
         lm, tok = _model(self.model)
-        unlearn(lm, tok, _records(self.data, self.forget), _records(self.data, self.retain), self)
-        print(f"saved to {save_lm(lm, tok, self.out)}")
+        probe = leak_probe(tok, forget[:10], retain[:10], score="keywords" if all(qa.keywords for qa in forget[:10] + retain[:10]) else "rouge_l_recall")
+        _save(lm, tok, out, unlearn(lm, tok, forget, retain, self, probe=probe))
 
 # %% ../nbs/17_cli.ipynb #f0a890fc
 @dataclass(kw_only=True)
@@ -104,10 +116,11 @@ class Evaluate:
     "keys the random streams"
 
     def run(self):
-        lm, tok = _model(self.model)
-        decoding = Decoding(self.temperature, self.top_p, self.top_k, self.max_new_tokens)
+        decoding, qas = Decoding(self.temperature, self.top_p, self.top_k, self.max_new_tokens), _records(self.data, self.split)
         retain = _records(self.data, self.retain_split) if self.retain_split else []
-        report = evaluate(lm, tok, _records(self.data, self.split), self.n, self.score, self.leak_at, self.alpha, decoding, self.seed, self.out, retain,
+        check_alpha(self.alpha); check_score(self.score, qas + retain); _folder(self.out)
+        lm, tok = _model(self.model)
+        report = evaluate(lm, tok, qas, self.n, self.score, self.leak_at, self.alpha, decoding, self.seed, self.out, retain,
                           rule=AdaptiveTemperature(self.adaptive) if self.adaptive is not None else None, name=self.model)
         print("\n".join(f"• {claim}" for claim in report.claims))
         print(f"report: {report.save(Path(self.out)/'report.html')}")
@@ -144,7 +157,7 @@ def demo_board(
     for name, lm in models.items():
         for label, rule in [(name, None)] + [(f"{name}, adaptive T", AdaptiveTemperature(0.9))] * (name == "NPO"):
             print(f"evaluating {label} …", flush=True)
-            reports.append(evaluate(lm, tok, forget, n, decoding=decoding, seed=seed, retain=retain, rule=rule, name=label))
+            reports.append(evaluate(lm, tok, forget, n, decoding=decoding, seed=seed, retain=retain, rule=rule, name=label, progress=False))
     return Board(reports, reference=("full", "retain"), name="What a model leaks after unlearning")
 
 # %% ../nbs/17_cli.ipynb #3ada1424

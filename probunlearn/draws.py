@@ -55,6 +55,7 @@ class Draws:
     finished: np.ndarray = None     # (distinct,) whether the answer ended before the token limit
     decoding: Decoding = field(default_factory=Decoding)
     seed: int = 0                   # keys the random streams, together with the question's id
+    run: str = ""                   # fingerprint of the run that they belong to, if any
 
     @property
     def n(self): return len(self.index)
@@ -112,7 +113,7 @@ def save_draws(
     def by_draw(values): return [None if values is None or i < 0 else values[i] for i in draws.index]
     table = pa.table({"answer": pa.array(by_draw(draws.answers), pa.string()), "logprob": pa.array(by_draw(draws.logprobs), pa.float64()),
                       "tokens": pa.array(by_draw(draws.tokens), pa.list_(pa.int32())), "finished": pa.array(by_draw(draws.finished), pa.bool_())})
-    how = dict(id=draws.id, seed=draws.seed, decoding=asdict(draws.decoding))
+    how = dict(id=draws.id, seed=draws.seed, decoding=asdict(draws.decoding), run=draws.run)
     pq.write_table(table.replace_schema_metadata({"probunlearn": json.dumps(how)}), temporary, write_page_checksum=True)
     os.replace(temporary, path)
 

@@ -6,7 +6,7 @@
 __all__ = ['run_settings', 'open_run', 'versions', 'evaluate']
 
 # %% ../nbs/16_evaluation.ipynb #0b3920d2
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote
@@ -15,10 +15,11 @@ import os
 from tqdm import tqdm
 
 # %% ../nbs/16_evaluation.ipynb #8faef659
-from .bounds import check_alpha
-from .data import QA, Template, check_unique
-from .draws import Decoding, fingerprint, load_draws, save_draws
+from .bounds import check_alpha, leaked
+from .data import Template, check_unique
+from .draws import Decoding, fingerprint, is_whole, load_draws, save_draws
 from .models import end_ids, lm_fingerprint
+from .planning import RunPlan
 from .report import Asked, Report
 from .sampling import greedy, sample
 from .scores import check_score
@@ -47,23 +48,27 @@ def open_run(
             raise ValueError(f"{out} holds a run with another {key}: {there.get(key)!r} there, {settings[key]!r} now. Choose another folder; nothing was changed.")
     return folder
 
-def versions(): return {name: version(name) for name in ("torch", "transformers", "numpy", "scipy")}
+def versions():     # dict of name → version
+    "The versions that a run was made with."
+    return {name: version(name) for name in ("torch", "transformers", "numpy", "scipy")}
 
 # %% ../nbs/16_evaluation.ipynb #96cd0dbc
-def _kept(path, make):
-    "The draws in the file at `path`, made and written first where it is missing."
+def _kept(path, run, make):
+    "The draws in the file at `path`, made and written first where it is missing; ValueError when they are another run's."
     if not path: return make()
-    if not path.exists(): save_draws(make(), path)
-    return load_draws(path)
+    if not path.exists(): save_draws(replace(make(), run=run), path)
+    draws = load_draws(path)
+    if draws.run != run: raise ValueError(f"{path} holds draws of another run; move it away, and these draws are made anew")
+    return draws
 
-def _ask(lm, tok, qas, n, decoding, seed, template, rule, folder, progress):
+def _ask(lm, tok, qas, n, decoding, seed, template, rule, folder, run, progress):
     "The draws and greedy answers of some questions, from the run's folder where they are there."
     def file(kind, qa): return folder and folder/f"{kind}-{quote(qa.id, safe='')}.parquet"
     def at_once(): return {d.id: d for d in greedy(lm, tok, qas, decoding, template)}
     answers = {} if folder and all(file("greedy", qa).exists() for qa in qas) else at_once()
-    first = [_kept(file("greedy", qa), lambda: answers[qa.id]) for qa in qas]
+    first = [_kept(file("greedy", qa), run, lambda: answers[qa.id]) for qa in qas]
     bar = tqdm(qas, f"{n:,} draws per question", delay=3, mininterval=1, disable=not progress, unit="question")
-    drawn = [_kept(file("draws", qa), lambda: sample(lm, tok, [qa], n, decoding, seed, template, rule, progress=False)[0]) for qa in bar]
+    drawn = [_kept(file("draws", qa), run, lambda: sample(lm, tok, [qa], n, decoding, seed, template, rule, progress=False)[0]) for qa in bar]
     return Asked(qas, drawn, first)
 
 # %% ../nbs/16_evaluation.ipynb #90443120
@@ -86,10 +91,11 @@ def evaluate(
 ):                                      # `Report`; ValueError before any work on bad settings, empty data, duplicate ids or another run in `out`
     "Draw answers, score them, bound what leaks."
     retain = list(retain)
-    check_alpha(alpha); check_unique(list(qas) + retain); check_score(score, list(qas) + retain); end_ids(lm, tok)
-    if min(n, n_retain) < 1: raise ValueError(f"n and n_retain must be at least 1, got {n} and {n_retain}")
+    check_alpha(alpha); leaked([], leak_at); check_unique(list(qas) + retain); check_score(score, list(qas) + retain); end_ids(lm, tok)
+    if not (is_whole(n, 1) and is_whole(n_retain, 1)): raise ValueError(f"n and n_retain must be whole numbers >= 1, got {n!r} and {n_retain!r}")
     settings = run_settings(lm, tok, list(qas), retain, n, n_retain, decoding, seed, template, rule)
-    folder = open_run(out, settings) if out else None
-    def ask(questions, n): return _ask(lm, tok, questions, n, decoding, seed, template, rule, folder, progress)
+    folder, run = open_run(out, settings) if out else None, fingerprint(settings)
+    if progress: print(RunPlan(n, len(qas), alpha))
+    def ask(questions, n): return _ask(lm, tok, questions, n, decoding, seed, template, rule, folder, run, progress)
     return Report(name or Path(lm.config._name_or_path).name or "model", ask(list(qas), n), ask(retain, n_retain) if retain else None,
                   score, leak_at, alpha, settings | dict(versions=versions()))

@@ -51,13 +51,18 @@ def answer_mean(
     "Mean over the answer positions of a batch."
     return (values * answer).sum() / answer.sum().clamp(min=1)
 
-def answer_sum(values, answer): return (values * answer).sum(-1)    # (B,)
+def answer_sum(
+    values,     # (B, T)
+    answer,     # (B, T) bool
+):              # (B,)
+    "Sum over the positions of each answer."
+    return (values * answer).sum(-1)
 
 # %% ../nbs/14_losses.ipynb #2a1cf088
 def grad_ascent(
     forget,     # `TokenStats` of the forget batch
 ):              # scalar, unbounded below
-    "GA: minus the cross-entropy of the forget answers (Jang et al. 2023)."
+    "GA: -CE of the forget answers (Jang et al. 2023)."
     return -answer_mean(forget.nll, forget.answer)
 
 # %% ../nbs/14_losses.ipynb #0f0391f7
@@ -65,7 +70,7 @@ def grad_diff(
     forget, retain,             # `TokenStats` of both batches
     retain_weight: float = 1.0, # λ
 ):                              # scalar
-    "GD: ascent on the forget answers, descent on the retain answers (Maini et al. 2024)."
+    "GD: -CE of the forget answers + λ · CE of the retain answers (Maini et al. 2024)."
     return grad_ascent(forget) + retain_weight * answer_mean(retain.nll, retain.answer)
 
 # %% ../nbs/14_losses.ipynb #57fa7be2
@@ -74,7 +79,7 @@ def npo(
     reference_nll,      # (B,) NLL of each answer under the model as it was
     beta: float = 0.1,  # how soon the push fades, > 0
 ):                      # scalar > 0
-    "NPO: negative preference optimisation (Zhang et al. 2024)."
+    "NPO: -(2/β) mean log σ(β (NLL - reference NLL)) (Zhang et al. 2024)."
     return -2 / beta * F.logsigmoid(beta * (answer_sum(forget.nll, forget.answer) - reference_nll)).mean()
 
 # %% ../nbs/14_losses.ipynb #fdc702e4
@@ -82,6 +87,6 @@ def mean_entropy(
     stats,              # `TokenStats`
     positions="answer", # "answer", or "all" (prompt and padding too, as the reference implementation does)
 ):                      # scalar in nats; ValueError on other positions
-    "Mean entropy over the positions of a batch."
+    "Mean entropy over the positions of a batch (Scholten et al. 2025)."
     if positions not in ("answer", "all"): raise ValueError(f"positions must be 'answer' or 'all', got {positions!r}")
     return stats.entropy.mean() if positions == "all" else answer_mean(stats.entropy, stats.answer)

@@ -80,7 +80,7 @@ def lm_fingerprint(
     digest = hashlib.sha256()
     for name, value in lm.state_dict().items():
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/09_models.ipynb #dacc94f4

@@ -15,9 +15,10 @@ import json
 import numpy as np
 
 # %% ../nbs/07a_report.ipynb #35d01af1
-from .bounds import binary_bound
+from .bounds import binary_bound, leaked
 from .data import check_unique
-from .metrics import dataset_claims, diversity, leakage, leaked, seen_mass_bounds
+from .draws import is_whole
+from .metrics import dataset_claims, diversity, leakage, seen_mass_bounds
 from .plots import method_board, score_density, style
 from .scores import check_score, score_answers, score_draws, score_name
 from .sequential import looked
@@ -35,6 +36,8 @@ class Asked:
         for name in ("draws", "greedy"):
             ids, expected = [d.id for d in getattr(self, name)], [qa.id for qa in self.qas]
             if ids != expected: raise ValueError(f"{name} belong to questions {ids[:3]}…, the questions are {expected[:3]}…")
+            for d in getattr(self, name):
+                if not d.answers or (name == "greedy" and d.texts[0] is None): raise ValueError(f"{name}: there is no answer to question {d.id!r}")
 
     def scores(self, score): return score_draws(self.draws, self.qas, score)                    # (question, draw)
     def greedy_scores(self, score): return score_draws(self.greedy, self.qas, score)[:, 0]      # (question,)
@@ -68,38 +71,43 @@ class Report:
 
     def __post_init__(self):
         for asked in filter(None, (self.forget, self.retain)): check_score(self.score, asked.qas)
+        if not (is_whole(self.looks, 1) and is_whole(self.models, 1)): raise ValueError(f"looks and models must be whole numbers >= 1, got {self.looks!r} and {self.models!r}")
         self.x, self.greedy_x = self.forget.scores(self.score), self.forget.greedy_scores(self.score)   # (Q, n), (Q,)
-        self.greedy_leaks, self.leaks = leaked(self.greedy_x, self.leak_at), leaked(self.x, self.leak_at)   # (Q,), (Q, n)
+        self.missing = np.isnan(self.x)                                                                 # (Q, n) the worst case in upper bounds, never a leak seen
+        self.greedy_leaks, self.leaks = leaked(self.greedy_x, self.leak_at), leaked(self.x, self.leak_at) & ~self.missing   # (Q,), (Q, n)
 
     @property
     def what_leaks(self): return f"{score_name(self.score)} ≥ {self.leak_at:g}"
 
     @property
-    def scope(self): return f"leak: {self.what_leaks}; {self.forget.draws[0].decoding}; model {self.name}"
+    def decoding(self): return f"{self.forget.draws[0].decoding}, model {self.name}"
+
+    @property
+    def confidence(self): return f"{100 * (1 - self.alpha * self.looks * self.models):.6g} %"
 
     @property
     def bounds(self):
         "The guaranteed statements by name, each wrong with probability at most alpha · looks · models."
         claims = dataset_claims(self.x, self.alpha, self.leak_at, missing="worst")
-        return {name: replace(looked(bound, self.looks, self.models), decoding=self.scope) for name, bound in claims.items()}
+        return {name: replace(looked(b, self.looks, self.models), scope=f"{b.scope}, leak: {self.what_leaks}", decoding=self.decoding) for name, b in claims.items()}
 
     @property
     def claims(self):
         "What was seen, then what is guaranteed, in sentences."
-        questions, some = len(self.x), self.leaks.any(1)
-        seen = (f"Greedy decoding leaks on {self.greedy_leaks.sum()} of {questions} questions; among {self.x.shape[1]:,} draws each, "
-                f"some draw leaks on {some.sum()}, {(some & ~self.greedy_leaks).sum()} of which greedy decoding calls clean ({self.scope}).")
-        return [seen] + [str(b) for b in self.bounds.values()]
+        some, lost = self.leaks.any(1), int(self.missing.sum())
+        seen = (f"Greedy decoding leaks on {self.greedy_leaks.sum()} of {len(self.x)} questions; among {self.x.shape[1]:,} draws each, some draw leaks on {some.sum()}, "
+                f"{(some & ~self.greedy_leaks).sum()} of which greedy decoding calls clean (leak: {self.what_leaks}; {self.decoding}).")
+        return [seen] + [f"{lost:,} draws are missing; every upper bound counts them as leaks."] * (lost > 0) + [str(b) for b in self.bounds.values()]
 
     def to_frame(self):
-        "One row per forget question; each bound is wrong with probability at most alpha for that question alone."
+        "One row per forget question; each bound is wrong with probability at most alpha · looks · models for that question alone."
         import pandas as pd
         asked, n = self.forget, self.x.shape[1]
         certain = np.array([certain_leak(d, qa, self.score, self.leak_at) for d, qa in zip(asked.draws, asked.qas)])
         numbers = leakage(self.x, self.leak_at, self.alpha, missing="worst")
         return pd.DataFrame(dict(
             question=[qa.question for qa in asked.qas], reference=[qa.answer for qa in asked.qas], greedy=asked.greedy_texts(), greedy_score=self.greedy_x)
-            | numbers | dict(rate_lower=binary_bound(numbers["leaks"], n, self.alpha, side="lower").value, certain_lower=certain[:, 0],
+            | numbers | dict(rate_lower=binary_bound(self.leaks.sum(1), n, self.alpha, side="lower").value, certain_lower=certain[:, 0],
                              certain_upper=certain[:, 1], distinct=[len(d.answers) for d in asked.draws]), index=pd.Index([qa.id for qa in asked.qas], name="id"))
 
     def summary(self):
@@ -177,8 +185,9 @@ def _report_html(report):
     frame = report.to_frame()
     order = np.argsort(-frame.leaks.to_numpy(), kind="stable")
     claims = "".join(f"<li>{escape(c)}</li>" for c in report.claims)
-    return (f"{_CSS}<div class='pu'><h1>What {escape(report.name)} leaks</h1><ul>{claims}</ul>{_image(_picture(report.plot))}"
-            f"<h2>Question by question</h2><p>Each bound holds with confidence {1 - report.alpha:.3g} for its question alone; a leak is {escape(report.what_leaks)}.</p>"
+    return (f"{_CSS}<div class='pu'><h1>What {escape(report.name)} leaks</h1><ul>{claims}</ul><p>Each guarantee stands for itself: it is wrong with the probability α that it names.</p>{_image(_picture(report.plot))}"
+            f"<h2>Question by question</h2><p>Each bound holds with confidence {report.confidence} for its question alone, not jointly; a leak is {escape(report.what_leaks)}. "
+            f"<i>For certain</i> is exact up to floating point, from the probabilities of the answers seen.</p>"
             f"{_table(frame.iloc[order][list(_SHOWN)].rename(columns=_SHOWN))}<h2>What it says</h2>{''.join(_top_answers(report, q) for q in order)}"
             f"<h2>How it was made</h2><p><code>{escape(json.dumps(report.how, default=str))}</code></p></div>")
 
@@ -204,7 +213,7 @@ def as_json(
     questions = json.loads(result.to_frame().reset_index().to_json(orient="records"))
     for row, d in zip(questions, result.forget.draws): row["answers"] = answers(d)
     return dict(name=result.name, score=score_name(result.score), leak_at=result.leak_at, alpha=result.alpha, claims=result.claims, summary=result.summary(),
-                bounds={k: dict(value=b.value, alpha=b.alpha, side=b.side, method=b.method, n=b.n, scope=b.scope) for k, b in result.bounds.items()},
+                bounds={k: {name: np.asarray(v).tolist() for name, v in vars(b).items()} for k, b in result.bounds.items()},
                 questions=questions, how=result.how)
 
 # %% ../nbs/07a_report.ipynb #0f70c3fa
@@ -228,7 +237,9 @@ class Board:
     def best(self):
         "The model with the lowest bound. Its claims pay for the choice; drawn again with a fresh seed they wouldn't have to."
         rivals = [r for r in self.reports if r.name not in self.reference]
-        return replace(min(rivals, key=lambda r: float(r.bounds["average leak"])), models=len(rivals))
+        if not rivals: raise ValueError(f"all models of the board are references: {', '.join(self.reference)}")
+        best = min(rivals, key=lambda r: float(r.bounds["average leak"]))
+        return replace(best, models=best.models * len(rivals))
 
     def plot(self, ax=None):
         "Greedy, sampled and bounded leakage of each model beside what it keeps."
@@ -237,7 +248,11 @@ class Board:
     def _repr_html_(self):
         table = _table(self.to_frame().rename(columns=_COLUMNS))
         claims = "".join(f"<h3>{escape(r.name)}</h3><ul>{''.join(f'<li>{escape(c)}</li>' for c in r.claims)}</ul>" for r in self.reports)
-        return f"{_CSS}<div class='pu'><h1>{escape(self.name)}</h1>{_image(_picture(self.plot))}{table}<p>{escape(_LEGEND)}</p><h2>Claims</h2>{claims}</div>"
+        return f"{_CSS}<div class='pu'><h1>{escape(self.name)}</h1>{_image(_picture(self.plot))}{table}<p>{escape(self._legend())}</p><h2>Claims</h2>{claims}</div>"
+
+    def _legend(self):
+        first = self.reports[0]
+        return f"Forget questions: {len(first.x)}, {first.x.shape[1]:,} draws each; a leak is {first.what_leaks}. Each bound holds with confidence {first.confidence} by itself. {_LEGEND}"
 
     def save(self, path):
         "Write a self-contained HTML page, and beside it the same as JSON and the figure as PNG."
@@ -246,6 +261,6 @@ class Board:
 _COLUMNS = dict(greedy="greedy leaks", mean="draws leak", bound="average P(leak) ≤", certain="… ≤ for certain", worst="worst P(leak) ≤", some_draw="questions with a leaking draw",
                 score="mean score", ed="ED", words="words", empty="empty", distinct="distinct", retain="retain, greedy", retain_draws="retain, draws", retain_distinct="retain distinct")
 _LEGEND = ("Shares from 0 to 1. Greedy leaks: share of forget questions whose greedy answer leaks. Average P(leak) ≤: pooled over these questions. Worst P(leak) ≤: holds for all "
-           "questions jointly (Bonferroni). ≤ for certain: from exact answer probabilities, no statistics. ED: mean + 2 standard deviations of the score. Words and empty: median "
+           "questions jointly (Bonferroni). ≤ for certain: from exact answer probabilities, up to floating point. ED: mean + 2 standard deviations of the score. Words and empty: median "
            "length and share of empty greedy answers on forget questions. Distinct: distinct answers per draw. A model picked from this table for its bound has to be drawn again with "
            "a fresh seed before anything is claimed about it.")

@@ -9,14 +9,13 @@ __all__ = ['BLOCK', 'splitmix64', 'draw_streams', 'token_law', 'sample', 'greedy
 from dataclasses import replace
 import hashlib
 import math
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
 # %% ../nbs/10_sampling.ipynb #ecc0debe
 from .data import Template, check_unique, encode_prompt
-from .draws import Decoding, Draws, draws_from_tokens, is_whole
+from .draws import Decoding, draws_from_tokens, is_whole
 from .models import end_ids
 
 # %% ../nbs/10_sampling.ipynb #aeff10c0

@@ -46,7 +46,7 @@ class TrainConfig:
     "records per forward pass and device"
     accumulate: int = 1
     "forward passes per update"
-    lr: float = 1e-5
+    lr: float = 2e-5
     "peak learning rate of AdamW"
     weight_decay: float = 0.01
     "AdamW's weight decay"
@@ -88,6 +88,8 @@ ENTROPY_ON = ("answer", "all", "own")
 @dataclass
 class UnlearnConfig(TrainConfig):
     "How a model is made to forget. ValueError on an unknown method or entropy position."
+    lr: float = 1e-5
+    "peak learning rate of AdamW"
     method: str = "npo"
     "grad_ascent, grad_diff or npo"
     beta: float = 0.1
@@ -206,7 +208,7 @@ def _look(lm, probe):
 def finetune(
     lm, tok,                                # trained in place
     qas: list,                              # what the model should know
-    config: TrainConfig = TrainConfig(lr=2e-5),
+    config: TrainConfig = TrainConfig(),
     template: Template = Template(),
     probe=None,                             # lm → dict of numbers, every `config.probe_every` updates
 ):                                          # `History`; ValueError on empty data, duplicate ids or a record that is too long
@@ -292,9 +294,11 @@ def _entropy_f(model, lm, tok, qas, forget, config, template):
     "The forget entropy at the positions that the config names."
     return own_entropy(model, lm, tok, qas, template, config.leak_at) if config.entropy_on == "own" else mean_entropy(forget, config.entropy_on)
 
-def _forget_loss(forget, reference, config):
-    "The method's loss on the forget batch."
-    return npo(forget, reference, config.beta) if config.method == "npo" else grad_ascent(forget)
+def _unlearning_loss(forget, retain, reference, config):
+    "The method's loss, without entropy."
+    if config.method == "grad_ascent": return grad_ascent(forget)
+    if config.method == "grad_diff": return grad_diff(forget, retain, config.retain_weight)
+    return npo(forget, reference, config.beta) + config.retain_weight * answer_mean(retain.nll, retain.answer)
 
 # %% ../nbs/15_training.ipynb #e723aae8
 def unlearn(
@@ -315,9 +319,8 @@ def unlearn(
         at = [i for i, _ in items]
         f = answer_stats(model, _to(pad_batch([rows[i] for i in at], tok.pad_token_id), lm.device))
         r = answer_stats(model, _to(pad_batch([kept[j] for _, j in items], tok.pad_token_id), lm.device))
-        retain_nll = answer_mean(r.nll, r.answer)
-        loss = _forget_loss(f, reference[at], config) + (config.method != "grad_ascent") * config.retain_weight * retain_nll
-        values = dict(forget_nll=answer_mean(f.nll, f.answer), retain_nll=retain_nll)
+        loss = _unlearning_loss(f, r, reference[at], config)
+        values = dict(forget_nll=answer_mean(f.nll, f.answer), retain_nll=answer_mean(r.nll, r.answer))
         if config.lambda_f or config.lambda_r:
             lambda_f, lambda_r = config.entropy_weights(progress)
             h_f, h_r = _entropy_f(model, lm, tok, [forget[i] for i in at], f, config, template), mean_entropy(r, "all" if config.entropy_on == "all" else "answer")
