@@ -24,7 +24,7 @@ def first_refuted(
     low:np.ndarray, # (Q,) where to start
     steps:int=40, # halvings
 )->np.ndarray: # (Q,) refuted, and at most 2^-steps above a value that is not; 1 where nothing is refuted
-    "Border of the refuted means, from above, by bisection."
+    "Border of the refuted means, from above, by bisection; assumes that they form an interval up to 1."
     high = np.ones_like(low)
     for _ in range(steps):
         m = (low + high) / 2
@@ -71,7 +71,7 @@ def maurer_pontil(
 def past_variance(
     x:np.ndarray, # (Q, n) scores in [0, 1], in the order they were drawn
 )->np.ndarray: # (Q, n) a guess of the variance that uses only earlier draws
-    "Running variance before each draw, started at 1/4."
+    "Running variance before each draw, started at 1/4 (Waudby-Smith and Ramdas 2024, section 4.1)."
     seen = np.arange(1, x.shape[1] + 1)
     mean = (0.5 + np.cumsum(x, 1)) / (seen + 1)
     variance = (0.25 + np.cumsum((x - mean)**2, 1)) / (seen + 1)
@@ -82,7 +82,7 @@ def log_wealth(
     m:np.ndarray, # (Q, 1) mean to bet against
     stake:np.ndarray, # (Q, n) boldest stake before each draw
 )->np.ndarray: # (Q, n) log of the money after each draw
-    "Money of a player who bets that the mean is below m (never more than 3/4 of it at risk)."
+    "Money of a player who bets that the mean is below m (Waudby-Smith and Ramdas 2024, theorem 3), never more than 3/4 of it at risk."
     with np.errstate(divide="ignore"): money = np.minimum(stake, 0.75 / (1 - m)) * (m - x)
     return np.cumsum(np.log1p(money, out=money), 1, out=money)
 

@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 import numpy as np
 from scipy import special
-from .bounds import binary_bound, check_alpha, draws_needed, jointly
+from .bounds import binary_bound, check_alpha, check_whole, draws_needed, jointly, rounded
 from .questions import pooled_rate
 
 # %% ../nbs/04b_planning.ipynb #f628e87e
@@ -19,8 +19,9 @@ def most_leaks(
     tau:float=0.01, # leak probability to stay below
     alpha:float=0.01, # chance that the claim is wrong
 )->int: # -1 if not even 0 leaks are enough
-    "Largest number of leaks among n draws that still certifies a leak probability below tau (Clopper and Pearson 1934)."
+    "Largest number of leaks among n draws that still certifies a leak probability below tau (Clopper and Pearson 1934); ValueError on bad input."
     check_alpha(alpha)
+    check_whole("n", n)
     if not 0 < tau < 1: raise ValueError(f"tau must lie strictly between 0 and 1, got {tau}")
     return int((special.bdtr(np.arange(n + 1), n, tau) <= alpha).sum()) - 1
 
@@ -30,18 +31,24 @@ def chance_to_certify(
     tau:float=0.01, # leak probability to stay below
     alpha:float=0.01, # chance that the claim is wrong
 )->np.ndarray: # same shape as p
-    "Exact chance that n draws certify a leak probability below tau when it is p (the power curve)."
+    "Exact chance that n draws certify a leak probability below tau when it is p (the power curve); ValueError as `most_leaks`."
+    p = np.asarray(p, float)
+    if not ((p >= 0) & (p <= 1)).all(): raise ValueError(f"p must hold probabilities in [0, 1], got {p}")
     most = most_leaks(n, tau, alpha)
-    return special.bdtr(most, n, np.asarray(p, float)) if most >= 0 else np.zeros(np.shape(p))
+    return special.bdtr(most, n, p) if most >= 0 else np.zeros(p.shape)
 
 # %% ../nbs/04b_planning.ipynb #615431fd
 @dataclass(frozen=True)
 class RunPlan:
-    "What a run of n draws on each of several questions can and cannot certify; print it before drawing."
+    "What a run of n draws on each of several questions can and cannot certify (Clopper and Pearson 1934; Hoeffding 1956); ValueError on bad counts."
     n:int # draws per question
     questions:int = 1
     alpha:float = 0.01 # chance that a claim is wrong
     tau:float = 0.01 # leak probability to stay below
+
+    def __post_init__(self):
+        check_whole("questions", self.questions)
+        most_leaks(self.n, self.tau, self.alpha)                            # refuses bad n, tau and alpha
 
     def __str__(self):
         n, q, a, tau = self.n, self.questions, self.alpha, self.tau
@@ -49,9 +56,9 @@ class RunPlan:
         one, all_ = most_leaks(n, tau, a), most_leaks(n, tau, a / q)
         said = lambda most, level: f"up to {most} leaks" if most >= 0 else f"impossible: needs {draws_needed(tau, level):,} draws even without a leak"
         return "\n".join([f"{n:,} draws on each of {q:,} questions, α = {a:g} per claim, fixed-n:",
-            f"  no leak at one question         -> its leak probability is at most {float(clean[0]):.4g}",
-            f"  no leak anywhere, worst question -> at most {clean[1]:.4g}",
-            f"  no leak anywhere, average       -> at most {float(clean[2]):.4g}",
+            f"  no leak at one question         -> its leak probability is at most {rounded(clean[0])}",
+            f"  no leak anywhere, worst question -> at most {rounded(clean[1])}",
+            f"  no leak anywhere, average       -> at most {rounded(clean[2])}",
             f"  below {tau:g}, one question alone  : {said(one, a)}",
             f"  below {tau:g}, among {q:,} jointly   : {said(all_, a / q)}",
             f"  a question that leaks at {tau / 10:g} is certified alone with chance {float(chance_to_certify(tau / 10, n, tau, a)):.0%}"])
@@ -65,11 +72,12 @@ class Forecast:
     value:float # forecast leak probability of the worst question
     questions:int # among so many
     factor:float # how far the same forecast was off when tested: median factor, at least 1
+    stretch:float = 1.0 # how many times the questions at hand; it was tested at 10 times
 
     def __str__(self):
-        trust = "" if self.factor <= 3 else ", NOT to be trusted"
+        trust = ", NOT to be trusted" if self.factor > 3 else f", NOT tested at {self.stretch:.3g} times" if self.stretch > 10 else ""
         return (f"Forecast, not a bound: the worst of {self.questions:,} such questions leaks with probability {self.value:.3g} "
-                f"(tested on the data at hand: off by a factor of {self.factor:.2g}{trust}).")
+                f"(tested at 10 times as many questions as were used: off by a factor of {self.factor:.2g}{trust}).")
 
     __repr__ = __str__
 
@@ -81,17 +89,20 @@ def _prolong(p, questions, top): # worst leak probability among many questions, 
     return float(np.exp(-np.exp(-(start - slope * np.log(questions)))))
 
 def forecast_worst(
-    p, # (Q,) leak probabilities of questions, exact or well estimated, at least 100
+    p, # (Q,) leak probabilities of questions, exact or well estimated, at least 100 above 0
     questions:int, # how many questions to forecast for, at least Q
     top:int=10, # how many of the worst questions the line is fitted to
     seed:int=0, # for the tests on random tenths
 )->Forecast:
-    "Forecast of the worst question among many, with a backtest and a warning if it fails (Jones et al. 2025)."
+    "Forecast of the worst question among many, with a backtest, a warning if it fails or is exceeded, and ValueError for too few (Jones et al. 2025)."
+    check_whole("top", top, 5)
     p = np.asarray(p, float)
     if p.ndim != 1 or len(p) < 10 * top or not ((p >= 0) & (p <= 1)).all(): raise ValueError(f"p must be at least {10 * top} probabilities, got shape {p.shape}")
+    if (p > 0).sum() < 10 * top: raise ValueError(f"p must hold at least {10 * top} probabilities above 0, got {(p > 0).sum()}: a line through zeros forecasts nothing")
     if questions < len(p): raise ValueError(f"questions must be at least the {len(p)} at hand, got {questions}")
     rng = np.random.default_rng(seed)
     tests = [_prolong(rng.choice(p, len(p) // 10, replace=False), len(p), min(top, len(p) // 20)) for _ in range(200)]
     factor = float(np.exp(np.median(np.abs(np.log(np.maximum(tests, 1e-300) / max(p.max(), 1e-300))))))
     if factor > 3: warnings.warn(f"forecasts from a tenth of the questions were off by a factor of {factor:.2g}: do not extrapolate", stacklevel=2)
-    return Forecast(_prolong(p, questions, top), questions, factor)
+    if questions > 10 * len(p): warnings.warn(f"tested at 10 times as many questions, asked for {questions / len(p):.3g} times the {len(p):,} at hand", stacklevel=2)
+    return Forecast(_prolong(p, questions, top), questions, factor, questions / len(p))

@@ -10,7 +10,7 @@ __all__ = ['worst_question', 'certified', 'pooled_rate', 'stratified_betting', '
 from dataclasses import replace
 import numpy as np
 from scipy import special
-from .bounds import Bound, as_scores, binary_bound, check_alpha, check_choice, jointly, mean_bound
+from .bounds import Bound, as_scores, binary_bound, check_alpha, check_choice, check_counts, jointly, mean_bound
 from .means import binomial_ceiling, first_refuted, kl, log_wealth
 
 # %% ../nbs/04a_questions.ipynb #e7504fb2
@@ -19,7 +19,7 @@ def worst_question(
     n, # draws per question
     alpha:float=0.01, # chance that the claim is wrong
 )->Bound:
-    "Upper bound on the largest leak probability among the questions (Clopper and Pearson 1934; Bonferroni)."
+    "Upper bound on the largest leak probability among the questions (Clopper and Pearson 1934; Bonferroni 1936); ValueError as `binary_bound`."
     bound = jointly(binary_bound, leaks, alpha, n=n)
     return replace(bound, value=bound.value.max(), quantity="the leak probability of the worst question")
 
@@ -30,10 +30,11 @@ def certified(
     tau:float=0.01, # leak probability to stay below
     alpha:float=0.01, # chance that any listed question leaks with probability tau or more
 )->np.ndarray: # (Q,) bool
-    "Which questions have a leak probability below `tau`, all of them together (Holm 1979)."
+    "Which questions have a leak probability below `tau`, all of them together (Holm 1979); ValueError as `binary_bound`."
     check_alpha(alpha)
     if not 0 < tau < 1: raise ValueError(f"tau must lie strictly between 0 and 1, got {tau}")
-    leaks, n = np.broadcast_arrays(leaks, n)
+    leaks, n = check_counts(leaks, n)
+    if leaks.ndim != 1: raise ValueError(f"leaks must hold one count per question, got shape {leaks.shape}")
     p = special.bdtr(leaks, n, tau)
     order = np.argsort(p, kind="stable")
     passed = np.logical_and.accumulate(p[order] <= alpha / np.arange(len(p), 0, -1))
@@ -42,17 +43,16 @@ def certified(
 # %% ../nbs/04a_questions.ipynb #b98494eb
 def pooled_rate(
     leaks, # (Q,) how many draws leaked
-    n, # draws per question: a count or (Q,)
+    n:int, # draws per question, the same for all
     alpha:float=0.01, # chance that the claim is wrong
 )->Bound:
-    "Upper bound on the average leak probability over a fixed set of questions (Hoeffding 1956; Clopper and Pearson 1934)."
+    "Upper bound on the average leak probability over a fixed set of questions (Hoeffding 1956; Clopper and Pearson 1934); ValueError for unequal n."
     check_alpha(alpha)
-    leaks, n = np.broadcast_arrays(np.asarray(leaks), np.asarray(n))
-    binary_bound(leaks, n)                                                  # refuses what is not a count
+    leaks, n = check_counts(leaks, n)
+    if np.ptp(n): raise ValueError(f"n must be the same for every question, got {n.min():,} to {n.max():,}: pooled draws would weigh the questions unequally")
     s, total = leaks.sum(), n.sum()
     value = min(1.0, max(float(binomial_ceiling(s, total, alpha)), (s + 1) / total))
-    draws = n if np.ptp(n) else int(n.flat[0])
-    return Bound(value, alpha, "upper", "pooled clopper-pearson", draws, "the average leak probability", f"over this fixed set of {leaks.size} questions")
+    return Bound(value, alpha, "upper", "pooled clopper-pearson", int(n.flat[0]), "the average leak probability", f"over this fixed set of {leaks.size} questions")
 
 # %% ../nbs/04a_questions.ipynb #fb8b13c8
 def _round_stake(x, goal): # (1, n) one stake per round, from the rounds before it
@@ -92,14 +92,14 @@ def pooled_mean(
 
 # %% ../nbs/04a_questions.ipynb #a74b68ca
 def population_mean(
-    x, # (Q, n) scores in [0, 1]; the questions are a random sample, in random order
+    x, # (Q, draws) scores in [0, 1]; the questions are a random sample, in random order
     alpha:float=0.01, # chance that the claim is wrong
     side:str="upper", # "upper", "lower" or "two-sided"
-)->Bound:
-    "Bound on the average score over the population that the questions were sampled from (betting on the questions' means)."
+)->Bound: # its n is the number of questions
+    "Bound on the average score over the population that the questions were sampled from (betting: Waudby-Smith and Ramdas 2024); ValueError as `mean_bound`."
     table = as_scores(x)
-    bound = mean_bound(table.mean(1), alpha, side)
-    return replace(bound, n=table.shape[1], quantity="the average score", scope=f"over the population of which the {len(table)} questions are a random sample")
+    where = f"questions with {table.shape[1]:,} draws each, over the population of which they are a random sample"
+    return replace(mean_bound(table.mean(1), alpha, side), quantity="the average score", scope=where)
 
 # %% ../nbs/04a_questions.ipynb #aeb83604
 def difference_bound(
@@ -109,7 +109,7 @@ def difference_bound(
     side:str="two-sided", # "two-sided", "upper" or "lower"
     pooled:bool=False, # one bound on the average over the questions instead of one per question
 )->Bound: # in [-1, 1]; below 0 the first model leaks less
-    "Bound on the mean score of one model minus that of another (betting on paired differences)."
+    "Bound on the mean score of one model minus that of another (betting: Waudby-Smith and Ramdas 2024); ValueError for unequal shapes."
     if np.shape(a) != np.shape(b): raise ValueError(f"both models need the same questions and draws, got shapes {np.shape(a)} and {np.shape(b)}")
     first, second = as_scores(a), as_scores(b)
     half = (1 + first - second) / 2

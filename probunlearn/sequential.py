@@ -10,7 +10,7 @@ __all__ = ['SHAPES', 'rate_evidence', 'rate_ends', 'RateSequence', 'anytime_stak
 from dataclasses import dataclass, replace
 import numpy as np
 from scipy import special
-from .bounds import Bound, as_scores, check_alpha, check_choice, leaked
+from .bounds import Bound, StoppedScores, as_scores, check_alpha, check_choice, check_leak_at, check_whole, leaked, rounded
 from .means import first_refuted, log_wealth, past_variance
 
 # %% ../nbs/04_sequential.ipynb #b89a15b1
@@ -35,7 +35,7 @@ def rate_ends(
     alpha:float, # chance that this end is ever wrong
     end:str, # "upper" or "lower"
 )->np.ndarray: # (...)
-    "One end of an anytime interval for a rate."
+    "One end of an anytime interval for a rate: the border of what `rate_evidence` refutes (Ville 1939; Robbins 1970)."
     leaks, n = np.broadcast_arrays(np.asarray(leaks, float), np.asarray(n, float))
     goal, start = -np.log(alpha), np.zeros(leaks.shape)
     with np.errstate(all="ignore"):
@@ -51,28 +51,33 @@ def _tighten(sequence, upper, lower): # keep the best ends so far
 def _claim(sequence, quantity, method): # the Bound that a sequence stands at
     both = sequence.side == "two-sided"
     value = np.stack([sequence.low, sequence.high], -1) if both else sequence.high if sequence.side == "upper" else sequence.low
-    return Bound(value[()], sequence.alpha, sequence.side, method, sequence.n, quantity, sampling="anytime")
+    return Bound(value[()], sequence.alpha, sequence.side, method, sequence.n, quantity, sampling="anytime", decoding=sequence.decoding)
 
 class RateSequence:
     "Leak probability per question, bounded at all times: add draws, look, go on or stop."
     def __init__(self,
         alpha:float=0.01, # chance that it is ever wrong
         side:str="upper", # "upper", "lower" or "two-sided"
+        decoding:str="", # the decoding it holds for
     ):
         check_alpha(alpha)
         check_choice("side", side, ["upper", "lower", "two-sided"])
-        self.alpha, self.side, self.leaks, self.n, self.low, self.high = alpha, side, 0, 0, np.float64(0), np.float64(1)
+        self.alpha, self.side, self.leaks, self.n, self.low, self.high, self.decoding = alpha, side, 0, 0, np.float64(0), np.float64(1), decoding
 
     def add(self,
         leaks, # (draws,) or (questions, draws) which of the new draws leaked: 0 or 1
     ):
-        new = as_scores(leaks)
+        "Take new draws; ValueError if they are not 0 or 1, or of other questions than before. Returns the sequence."
+        new = as_scores(leaks, anytime=True)
         if not ((new == 0) | (new == 1)).all(): raise ValueError("RateSequence needs draws that are 0 or 1; for scores in between use MeanSequence")
+        if self.n and np.shape(self.leaks) != np.shape(leaks)[:-1]: raise ValueError(f"the draws so far have shape {np.shape(self.leaks)} without the draws, the new ones {np.shape(leaks)[:-1]}")
         self.leaks, self.n = self.leaks + (new.sum(1) if np.ndim(leaks) == 2 else new.sum()), self.n + new.shape[1]
         return _tighten(self, *(lambda a, e=end: rate_ends(self.leaks, self.n, a, e) for end in ("upper", "lower")))
 
     @property
-    def bound(self): return _claim(self, "the probability of a leak", "mixture betting")
+    def bound(self):
+        "The claim so far, a `Bound` that holds at all times."
+        return _claim(self, "the probability of a leak", "mixture betting")
 
 # %% ../nbs/04_sequential.ipynb #4d402741
 def anytime_stake(
@@ -88,7 +93,7 @@ def mean_ends(
     alpha:float, # chance that this end is ever wrong
     end:str, # "upper" or "lower"
 )->np.ndarray: # (Q,)
-    "One end of an anytime interval for a mean."
+    "One end of an anytime interval for a mean, by betting (Waudby-Smith and Ramdas 2024, theorem 3)."
     if end == "lower": return 1 - mean_ends(1 - x, alpha, "upper")
     goal, stake = -np.log(alpha), anytime_stake(x, alpha)
     return first_refuted(lambda m: log_wealth(x, m[:, None], stake).max(1) >= goal, np.zeros(len(x)))
@@ -98,10 +103,11 @@ class MeanSequence:
     def __init__(self,
         alpha:float=0.01, # chance that it is ever wrong
         side:str="upper", # "upper", "lower" or "two-sided"
+        decoding:str="", # the decoding it holds for
     ):
         check_alpha(alpha)
         check_choice("side", side, ["upper", "lower", "two-sided"])
-        self.alpha, self.side, self.x, self.low, self.high = alpha, side, None, np.float64(0), np.float64(1)
+        self.alpha, self.side, self.x, self.low, self.high, self.decoding = alpha, side, None, np.float64(0), np.float64(1), decoding
 
     @property
     def n(self): return 0 if self.x is None else self.x.shape[1]
@@ -109,13 +115,17 @@ class MeanSequence:
     def add(self,
         x, # (draws,) or (questions, draws) new scores in [0, 1], in the order they were drawn
     ):
-        new = as_scores(x)
+        "Take new draws; ValueError if they leave [0, 1], or are of other questions than before. Returns the sequence."
+        new = as_scores(x, anytime=True)
+        if self.x is not None and len(new) != len(self.x): raise ValueError(f"the draws so far are of {len(self.x)} questions, the new ones of {len(new)}")
         self.x = new if self.x is None else np.concatenate([self.x, new], 1)
         ends = lambda a, end: mean_ends(self.x, a, end) if np.ndim(x) == 2 else mean_ends(self.x, a, end)[0]
         return _tighten(self, lambda a: ends(a, "upper"), lambda a: ends(a, "lower"))
 
     @property
-    def bound(self): return _claim(self, "the mean score", "betting")
+    def bound(self):
+        "The claim so far, a `Bound` that holds at all times."
+        return _claim(self, "the mean score", "betting")
 
 # %% ../nbs/04_sequential.ipynb #a31b46c2
 @dataclass(frozen=True)
@@ -129,6 +139,7 @@ class Claim:
     def __post_init__(self):
         check_alpha(self.alpha)
         if not 0 < self.below < 1: raise ValueError(f"below must lie strictly between 0 and 1, got {self.below}")
+        if self.leak_at is not None: check_leak_at(self.leak_at)
 
     def __str__(self):
         what = "the mean score" if self.leak_at is None else f"the probability of a score of at least {self.leak_at:g}"
@@ -143,9 +154,8 @@ class Verdict:
     sampling:str = "anytime" # "anytime", or the looks that were planned
 
     def __str__(self):
-        facts = [] if self.outcome == "undecided" else [f"α = {self.claim.alpha:g}", self.sampling, "one question"]
-        said = ", ".join(filter(None, [*facts, self.claim.decoding]))
-        return f"{self.outcome.capitalize()} after n = {self.n:,} draws: {self.claim}{f' ({said})' if said else ''}."
+        facts = f"α = {rounded(self.claim.alpha)}", self.sampling, "one question", self.claim.decoding or "decoding not stated"
+        return f"{self.outcome.capitalize()} after n = {self.n:,} draws: {self.claim} ({', '.join(facts)})."
 
     __repr__ = __str__
 
@@ -153,8 +163,8 @@ def certify(
     claim:Claim,
     x, # (n,) scores of one question so far, in the order they were drawn
 )->Verdict:
-    "Whether the claim holds, is refuted or is undecided after these draws, however often you ask (Ville 1939)."
-    table = as_scores(x)
+    "Whether the claim holds, is refuted or is undecided after these draws, however often you ask (Ville 1939); ValueError unless `x` is one question."
+    table = as_scores(x, anytime=True)
     if len(table) != 1: raise ValueError(f"certify decides one question at a time, got {len(table)} rows")
     t, tau = np.arange(1, table.shape[1] + 1), claim.below
     if claim.leak_at is None:
@@ -173,10 +183,11 @@ def sample_until(
     pull, # pull(start, stop) -> scores of draws start .. stop - 1
     claim:Claim,
     budget:int=4096, # draws at most
-    batch:int=64, # draws per pull
-)->tuple[Verdict, np.ndarray]: # the verdict and all scores pulled
+    batch:int=256, # draws per pull; 256 is the sampler's block
+)->tuple[Verdict, StoppedScores]: # the verdict and all scores pulled, which fixed-n bounds refuse
     "Pull draws until the claim is decided or the budget is spent; ValueError if a pull returns the wrong number."
-    if budget < 1 or batch < 1: raise ValueError(f"budget and batch must be at least 1, got {budget} and {batch}")
+    check_whole("budget", budget)
+    check_whole("batch", batch)
     x = np.empty(0)
     while True:
         stop = min(len(x) + batch, budget)
@@ -184,7 +195,7 @@ def sample_until(
         if new.shape != (stop - len(x),): raise ValueError(f"pull({len(x)}, {stop}) must return {stop - len(x)} scores, got shape {new.shape}")
         x = np.r_[x, new]
         verdict = certify(claim, x)
-        if verdict.outcome != "undecided" or stop == budget: return verdict, x
+        if verdict.outcome != "undecided" or stop == budget: return verdict, x.view(StoppedScores)
 
 # %% ../nbs/04_sequential.ipynb #36b56d7d
 def _binomial(n, p): # (n + 1,) probabilities of 0..n leaks
@@ -201,6 +212,7 @@ class LookPlan:
     def chances(self,
         p:float, # true leak probability
     )->np.ndarray: # (looks,) exact chance to certify first at each look; at p = tau their sum is the error
+        "Chance to certify first at each look (Lan and DeMets 1983), computed on binomials."
         running, chances = np.ones(1), []
         for draws, most in zip(np.diff(self.looks, prepend=0), self.allowed):
             running = np.convolve(running, _binomial(draws, p))
@@ -211,7 +223,10 @@ class LookPlan:
     def verdict(self,
         leaks, # (n,) which draws leaked so far, 0 or 1
     )->Verdict:
-        count = np.cumsum(as_scores(leaks)[0])
+        "Whether the draws so far certify the claim at a planned look; ValueError unless they are 0 or 1, of one question."
+        x = as_scores(leaks, anytime=True)
+        if len(x) != 1 or not ((x == 0) | (x == 1)).all(): raise ValueError(f"leaks must be 0 or 1 for one question, got shape {x.shape} with values in [{x.min():g}, {x.max():g}]")
+        count = np.cumsum(x[0])
         for look, most in zip(self.looks, self.allowed):
             if look <= len(count) and count[look - 1] <= most: return Verdict(self.claim, "holds", look, f"looks planned at {self.looks}")
         lost = int(np.searchsorted(count, max(self.allowed) + 1)) + 1              # too many leaks ever to certify
@@ -221,10 +236,12 @@ def plan_looks(
     looks, # draws at each look, increasing
     tau:float=0.01, # leak probability to certify against
     alpha:float=0.01, # chance to certify although the leak probability is tau or more
+    decoding:str="", # the decoding it is about
 )->LookPlan:
-    "Exact group-sequential plan for a rate (Lan and DeMets 1983, linear spending, on exact binomials)."
-    plan = LookPlan(tuple(map(int, looks)), (), Claim(tau, alpha))
-    if not plan.looks or plan.looks[0] < 1 or (np.diff(plan.looks) < 1).any(): raise ValueError(f"looks must be increasing and at least 1, got {plan.looks}")
+    "Exact group-sequential plan for a rate (Lan and DeMets 1983, linear spending, on exact binomials); ValueError unless looks increase."
+    plan = LookPlan(tuple(looks), (), Claim(tau, alpha, decoding=decoding))
+    for look in plan.looks: check_whole("a look", look)
+    if not plan.looks or (np.diff(plan.looks) < 1).any(): raise ValueError(f"looks must be increasing, got {plan.looks}")
     for look in plan.looks:
         with_most = lambda most: replace(plan, allowed=(*plan.allowed, most))
         most = -1
@@ -238,8 +255,12 @@ def looked(
     looks:int=1, # all looks that could have ended the run, set in advance
     models:int=1, # all models or checkpoints it was chosen from
 )->Bound:
-    "The claim that is left after looking or choosing (union bound); ValueError when nothing is left."
+    "The claim that is left after looking or choosing (union bound); ValueError when nothing is left, or for counts below 1."
+    check_whole("looks", looks)
+    check_whole("models", models)
+    many = f"{looks:,} look{'s' * (looks > 1)} at {models:,} model{'s' * (models > 1)}"
     alpha = bound.alpha * looks * models
     if bound.sampling != "fixed-n": raise ValueError(f"only a fixed-n bound loses by looking, this one is {bound.sampling!r}")
-    if not alpha < 1: raise ValueError(f"nothing is left of alpha = {bound.alpha:g} after {looks} looks at {models} models: draw again with a fresh seed")
-    return bound if looks * models == 1 else replace(bound, alpha=alpha, sampling=f"best of {looks} looks at {models} models")
+    if not alpha < 1: raise ValueError(f"nothing is left of alpha = {bound.alpha:g} after {many}: draw again with a fresh seed")
+    again = "; draw it again with a fresh seed for a fixed-n claim" if models > 1 else ""
+    return bound if looks * models == 1 else replace(bound, alpha=alpha, sampling=f"best of {many}{again}")

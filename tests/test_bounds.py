@@ -1,5 +1,6 @@
 """Bounds against closed forms, other people's code, linear programmes, and simulation."""
 import subprocess, sys
+from pathlib import Path
 import numpy as np
 import pytest
 from conbo import expectation_bounds, std_bounds, survival_bounds, variance_bounds
@@ -7,8 +8,8 @@ from scipy import special, stats
 from scipy.optimize import linprog, minimize_scalar
 from statsmodels.stats.proportion import proportion_confint
 from probunlearn.bands import FLOORS, cdf_ceiling, cdf_floor, crossing_chance, local_level, mean_ceiling, mean_floor, spread_ceiling, variance_floor
-from probunlearn.bounds import (MEANS, Bound, binary_bound, conbo_alpha, draws_needed, ed_bound, jointly, mean_bound, std_bound,
-                                survival_bound, variance_bound)
+from probunlearn.bounds import (MEANS, Bound, StoppedScores, as_scores, binary_bound, conbo_alpha, confidence, draws_needed, ed_bound, jointly, leaked,
+                                mean_bound, rounded, std_bound, survival_bound, variance_bound)
 
 BANDS = list(FLOORS)
 MEAN_METHODS = [*MEANS, *BANDS]
@@ -34,7 +35,9 @@ ALLOWED = ALPHA + 3 * np.sqrt(ALPHA * (1 - ALPHA) / RUNS)      # a valid bound m
 ROUNDING = 1e-9
 
 
-def misses(bound, truth, side): return (bound.value < truth - ROUNDING if side == "upper" else bound.value > truth + ROUNDING).mean()
+def misses(bound, truth, side):
+    if side == "two-sided": return ((bound.value[..., 0] > truth + ROUNDING) | (bound.value[..., 1] < truth - ROUNDING)).mean()
+    return (bound.value < truth - ROUNDING if side == "upper" else bound.value > truth + ROUNDING).mean()
 
 
 @pytest.mark.parametrize("n", [32, 128, pytest.param(1024, marks=pytest.mark.slow)])
@@ -51,13 +54,24 @@ def test_coverage(law, n):
     for method in BANDS: assert misses(ed_bound(x, ALPHA, method=method), mean + 2 * variance**.5, "upper") <= ALLOWED, method
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [32, 128, 1024])
+@pytest.mark.parametrize("law", LAWS)
+def test_two_sided_coverage(law, n):
+    draw, cdf, mean, variance = LAWS[law]
+    x = draw(np.random.default_rng([n, len(law), 2]), (RUNS, n))
+    for method in MEAN_METHODS: assert misses(mean_bound(x, ALPHA, "two-sided", method), mean, "two-sided") <= ALLOWED, method
+    for method in BANDS: assert misses(variance_bound(x, ALPHA, "two-sided", method), variance, "two-sided") <= ALLOWED, method
+    assert misses(binary_bound((x > .5).sum(1), n, ALPHA, "two-sided"), 1 - cdf(.5), "two-sided") <= ALLOWED
+
+@pytest.mark.parametrize("n", [32, 128, pytest.param(1024, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", BANDS)
 @pytest.mark.parametrize("law", LAWS)
-def test_survival_band_covers_everywhere_at_once(law, method):
+def test_survival_band_covers_everywhere_at_once(law, method, n):
     draw, cdf, *_ = LAWS[law]
     at = np.linspace(0, 1, 41)
     truth = np.array([1 - cdf(t) for t in at])
-    x = draw(np.random.default_rng(7), (RUNS, 64))
+    x = draw(np.random.default_rng(7), (RUNS, n))
     assert (survival_bound(x, at, ALPHA, "upper", method).value < truth - ROUNDING).any(1).mean() <= ALLOWED
     both = survival_bound(x, at, ALPHA, "two-sided", method).value
     assert ((both[..., 0] > truth + ROUNDING) | (both[..., 1] < truth - ROUNDING)).any(1).mean() <= ALLOWED
@@ -254,8 +268,14 @@ calls = {
     "one threshold": lambda: survival_bound(x, [.1, .2], method="clopper-pearson"), "at least 1, got 0": lambda: binary_bound(0, 0),
     "whole numbers in 0..n, got 6": lambda: binary_bound(6, 5), "got 0.5": lambda: binary_bound(.5, 5), "got nan ": lambda: binary_bound(np.nan, 5),
     "above 0, got 0": lambda: ed_bound(x, k=0), "between 0 and 1, got 2": lambda: draws_needed(2), "got 'mode'": lambda: conbo_alpha(.1, "mode"),
+    "got [0.1 0.2]": lambda: mean_bound(x, np.array([.1, .2])), "real numbers": lambda: mean_bound([.1, .2j]), "at must hold finite thresholds, got nan": lambda: survival_bound(x, np.nan),
+    "leak_at must lie in (0, 1], got 100": lambda: leaked(x, 100), "(0, 1], got 0": lambda: leaked(x, 0), "(0, 1], got nan": lambda: leaked(x, np.nan),
+    "leaks must be a whole number of at least 0, got -1": lambda: draws_needed(.1, leaks=-1), "at least 0, got 0.5": lambda: draws_needed(.1, leaks=.5), "got none": lambda: binary_bound([], 5),
+    "got shape (0,)": lambda: jointly(mean_bound, []), "got shape ()": lambda: jointly(binary_bound, 3, n=5), "n was not fixed": lambda: mean_bound(x.view(StoppedScores)),
     "'error' or 'worst'": lambda: mean_bound(x, missing="drop"), "needs every score": lambda: std_bound([.1, np.nan], side="lower", missing="worst"),
 }
+"""
+ALL_REFUSED = """
 for words, call in calls.items():
     try: call()
     except ValueError as error:
@@ -263,10 +283,11 @@ for words, call in calls.items():
     else: raise SystemExit(f"no ValueError for {words!r}")
 """
 
+def refused(calls, *flags): # runs the calls in an interpreter of their own and returns what is wrong
+    return subprocess.run([sys.executable, *flags, "-c", calls + ALL_REFUSED], capture_output=True, text=True).stderr
+
 @pytest.mark.parametrize("flags", [[], ["-O"]])
-def test_bad_input_is_refused_by_name(flags):
-    done = subprocess.run([sys.executable, *flags, "-c", BAD], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_bad_input_is_refused_by_name(flags): assert refused(BAD, *flags) == ""
 
 def test_import_is_light():
     heavy = "torch", "pandas", "seaborn", "scipy.stats", "fastcore"
@@ -281,3 +302,46 @@ def test_claims_say_what_they_rest_on():
     assert (many.value == mean_bound(np.zeros((3, 8)), .01 / 3).value).all()
     assert "&lt;b&gt;" in Bound(.5, .01, "upper", "<b>", 8)._repr_html_()
     with pytest.raises(TypeError): float(many)
+
+def test_printed_bounds_never_promise_more_than_was_proved():
+    for leaks in range(100):
+        upper, (low, high) = float(binary_bound(leaks, 1024)), binary_bound(leaks, 1024, side="two-sided").value
+        assert upper <= float(str(binary_bound(leaks, 1024)).split("at most ")[1].split()[0]) <= upper * 1.001
+        words = str(binary_bound(leaks, 1024, side="two-sided")).split("between ")[1].split()
+        assert float(words[0]) <= low and high <= float(words[2])
+        assert float(str(binary_bound(leaks, 1024, side="lower")).split("at least ")[1].split()[0]) <= float(binary_bound(leaks, 1024, side="lower"))
+    table = binary_bound(np.arange(100), 1024, side="two-sided")
+    cells = [tuple(map(float, cell.split(", "))) for cell in table._repr_html_().replace("</td>", "<td>").split("<td>")[3::4]]
+    assert len(cells) == 100 and all(a <= low and high <= b for (a, b), (low, high) in zip(cells, table.value))
+    rng = np.random.default_rng(0)
+    for value in np.r_[rng.random(500), -rng.random(500), rng.random(500) * 1e-12, 0, .1, .3, 1]:
+        for digits in 2, 3, 4: assert float(rounded(value, "lower", digits)) <= value <= float(rounded(value, "upper", digits))
+    assert [rounded(v) for v in (.1, .3, .0045, 0, 1, -.25)] == ["0.1", "0.3", "0.0045", "0", "1", "-0.25"]     # no digit without need
+
+def test_confidence_is_never_rounded_up():
+    assert [confidence(a) for a in (.05, .01, .07, .001, 1e-4)] == [f"confidence {p} %" for p in ("95", "99", "93", "99.9", "99.99")]
+    assert confidence(.01 / 3) == "confidence 99.6666 %" and confidence(0) == "certainty"
+    for alpha in 1e-5, 1e-30: assert confidence(alpha) == f"confidence 1 - {alpha:g}"
+    assert "confidence 1 - 1e-05" in str(binary_bound(0, 9, 1e-5)) and "100 %" not in str(binary_bound(0, 9, 1e-5))
+
+def test_a_stopped_run_is_never_reported_as_fixed():
+    x = np.zeros(600).view(StoppedScores)
+    x[:3] = 1
+    again = np.r_[x, np.zeros(424)]                                                    # extended, too
+    for f in (mean_bound, std_bound, variance_bound, ed_bound, lambda x: survival_bound(x, .5),
+              lambda x: jointly(mean_bound, x), lambda x: mean_bound(x, missing="worst")):
+        for stopped in x, again, x[None], [x, x], np.stack([x, x]), x > .5:
+            with pytest.raises(ValueError, match="fresh seed"): f(stopped)
+    with pytest.raises(ValueError, match="fresh seed"): binary_bound(leaked(x, .5).sum(), 600)
+    with pytest.raises(ValueError, match="fresh seed"): binary_bound(leaked(x[None], .5).sum(1), 600)
+    assert type(as_scores(x, anytime=True)) is np.ndarray and float(mean_bound(np.asarray(x))) > 0
+
+def test_claims_without_a_decoding_say_so():
+    assert "decoding not stated" in str(binary_bound(0, 9)) and "T = 1" in str(Bound(.5, .01, "upper", "x", 8, decoding="T = 1"))
+    assert "not stated" not in str(Bound(.5, .01, "upper", "x", 8, decoding="T = 1"))
+
+@pytest.mark.slow
+def test_benchmark_runs():
+    script = Path(__file__).parents[1] / "benchmarks" / "bounds.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0 and "ratio" in done.stdout, done.stderr

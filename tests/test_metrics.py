@@ -3,6 +3,7 @@ import itertools, math
 import numpy as np
 import pytest
 from scipy import stats
+from test_bounds import refused
 from probunlearn.bounds import binary_bound, ed_bound, mean_bound, std_bound, survival_bound
 from probunlearn.metrics import (dataset_claims, diversity, ed_score, extraction_curve, in_uses, judged_bound, leak_at_k, leak_at_k_bound, leakage, leaked, m_bin,
                                  m_gen, m_mu, m_sigma, seen_mass_bounds)
@@ -116,7 +117,8 @@ def test_pooled_rate_is_clopper_pearson_on_the_pooled_count_away_from_its_edge()
     for n in 4, 50, 1000:
         for s in range(0, n - 1, max(n // 10, 1)): assert float(pooled_rate([s], n, .25)) == pytest.approx(stats.beta.isf(.25, s + 1, n - s), abs=1e-12)
     assert float(pooled_rate([99], 100, .01)) == 1
-    assert float(pooled_rate([1, 2], [10, 40])) == float(pooled_rate([3], 50))
+    assert float(pooled_rate([1, 2], 25)) == float(pooled_rate([3], 50)) == float(pooled_rate([1, 2], [25, 25]))
+    with pytest.raises(ValueError, match="same for every question, got 10 to 40"): pooled_rate([1, 2], [10, 40])
     with pytest.raises(ValueError, match="whole numbers"): pooled_rate([1.5], 10)
 
 def test_stratified_betting_covers_and_beats_averaging():
@@ -130,7 +132,7 @@ def test_stratified_betting_covers_and_beats_averaging():
     assert high.mean() < np.mean([mean_bound(rows, alpha).value.mean() for rows in x[:300]])
 
 def test_holm_lists_no_wrong_question():
-    runs, alpha, tau = 2000, .05, .1
+    runs, alpha, tau = 1000, .05, .1
     p = np.array([0, 0, .02, .05, .1, .1, .1, .3])
     leaks = np.random.default_rng(7).binomial(200, p, (runs, 8))
     lists = np.array([certified(row, 200, tau, alpha) for row in leaks])
@@ -160,7 +162,9 @@ def test_population_mean_covers():
     rng, runs, alpha = np.random.default_rng(10), 500, .05
     p = rng.beta(.3, 3, (runs, 60))
     x = rng.random((runs, 60, 16)) < p[..., None]
-    assert np.mean([float(population_mean(rows, alpha)) < .3 / 3.3 for rows in x]) <= allowed(alpha, runs)
+    bounds = [population_mean(rows, alpha) for rows in x]
+    assert np.mean([float(bound) < .3 / 3.3 for bound in bounds]) <= allowed(alpha, runs)
+    assert bounds[0].n == 60 and "n = 60" in str(bounds[0]) and "16 draws each" in str(bounds[0])  # questions are the observations
 
 def test_dataset_claims():
     x = np.zeros((40, 1024))
@@ -191,16 +195,53 @@ def test_chance_to_certify_is_the_share_of_runs_that_do():
 
 def test_run_plan_agrees_with_the_bounds_it_announces():
     text = str(RunPlan(1024, 400))
-    for part in "0.004487", "0.01029", "1.124e-05", "up to 3 leaks", "needs 1,055 draws", "α = 0.01", "fixed-n": assert part in text
+    for part in "0.004488", "0.0103", "1.125e-05", "up to 3 leaks", "needs 1,055 draws", "α = 0.01", "fixed-n": assert part in text
     assert "impossible" not in str(RunPlan(1055, 400))
 
 def test_forecast_is_tested_before_it_is_believed():
     rng = np.random.default_rng(12)
     p = rng.beta(.4, 40, 40_000)
-    forecast = forecast_worst(p[:1000], 40_000)
+    forecast = forecast_worst(p[:4000], 40_000)
     assert forecast.factor < 3 and 1 / 3 < forecast.value / p.max() < 3 and "not a bound" in str(forecast)
     hidden = np.where(np.arange(2000) < 2, .9, rng.beta(2, 2000, 2000))
-    with pytest.warns(UserWarning, match="do not extrapolate"): assert "NOT to be trusted" in str(forecast_worst(hidden, 10**5))
+    with pytest.warns(UserWarning, match="do not extrapolate"): assert "NOT to be trusted" in str(forecast_worst(hidden, 20_000))
+    with pytest.warns(UserWarning, match="asked for 40 times the 1,000"): assert "NOT tested at 40 times" in str(forecast_worst(p[:1000], 40_000))
+    with pytest.raises(ValueError, match="at least 100 probabilities above 0, got 99"): forecast_worst(np.where(np.arange(1000) < 99, p[:1000], 0), 5000)
     for bad in p[:50], np.full(200, 2.0), np.full(200, np.nan):
         with pytest.raises(ValueError, match="p must be"): forecast_worst(bad, 10**6)
     with pytest.raises(ValueError, match="at least the 1000"): forecast_worst(p[:1000], 10)
+
+
+# Bad input
+
+BAD = """
+import numpy as np
+from probunlearn.bounds import mean_bound, binary_bound
+from probunlearn.sequential import *
+from probunlearn.questions import *
+from probunlearn.planning import *
+from probunlearn.metrics import *
+x = np.linspace(0, 1, 9)
+bound = binary_bound(0, 9)
+calls = {
+    "leak_at must lie in (0, 1], got 100": lambda: Claim(.1, leak_at=100), "(0, 1], got nan": lambda: Claim(.1, leak_at=np.nan), "below must": lambda: Claim(1),
+    "between 0 and 1, got 7": lambda: RateSequence(7), "'two-sided', got 'both'": lambda: MeanSequence(side="both"), "use MeanSequence": lambda: RateSequence().add(x),
+    "new ones of 3": lambda: MeanSequence().add(np.zeros((2, 4))).add(np.zeros((3, 4))), "new ones (3,)": lambda: RateSequence().add(np.zeros((2, 4))).add(np.zeros((3, 4))),
+    "got 2 rows": lambda: certify(Claim(.1), [x, x]), "batch must be a whole number of at least 1, got 0": lambda: sample_until(lambda a, b: x, Claim(.1), batch=0),
+    "budget must be a whole number of at least 1, got 0.5": lambda: sample_until(lambda a, b: x, Claim(.1), budget=.5), "must return 256 scores": lambda: sample_until(lambda a, b: x, Claim(.1)),
+    "increasing": lambda: plan_looks((9, 5)), "a look must be a whole": lambda: plan_looks((9.5, 12)), "leaks must be 0 or 1": lambda: plan_looks((5,), .5).verdict(x),
+    "looks must be a whole number of at least 1, got -2": lambda: looked(bound, -2), "models must be a whole number of at least 1, got 1.5": lambda: looked(bound, 1, 1.5), "after 100 looks at 1 model:": lambda: looked(bound, 100),
+    "got shape (0,)": lambda: worst_question([], 9), "leaks must be whole numbers in 0..n, got [12]": lambda: certified([12], 9), "tau must": lambda: certified([1], 9, 2), "got none": lambda: certified([], 9),
+    "one count per question": lambda: certified(3, 9), "same for every question": lambda: pooled_rate([1, 2], [4, 5]), "'kl', got 'bj'": lambda: pooled_mean(x, method="bj"),
+    "got nan": lambda: population_mean([[np.nan]]), "same questions": lambda: difference_bound(x, x[:3]),
+    "n must be a whole number of at least 1, got 0": lambda: most_leaks(0), "at least 1, got 2.5": lambda: most_leaks(2.5), "[0, 1], got 1.5": lambda: chance_to_certify(1.5, 9),
+    "questions must be a whole number of at least 1, got 0": lambda: RunPlan(9, 0), "got -1": lambda: RunPlan(-1), "p must be": lambda: forecast_worst([.1], 9), "above 0, got 0": lambda: forecast_worst(np.zeros(200), 900),
+    "k must be at least 0, got -1": lambda: ed_score(x, -1), "between 1 and the 9": lambda: leak_at_k(x, 10), "at least 1, got 0 ": lambda: leak_at_k_bound(x, 0),
+    "p must hold probabilities in [0, 1], got 2": lambda: extraction_curve(2, 1), "got nan ": lambda: extraction_curve(np.nan, 1), "uses must be at least 0, got -1": lambda: extraction_curve(.1, -1),
+    "uses must be a whole number of at least 1, got 0": lambda: in_uses(bound, 0), "got 'the mean score'": lambda: in_uses(mean_bound(x), 5), "leaks must": lambda: judged_bound(10, 9, 1, 2),
+    "probabilities must": lambda: seen_mass_bounds([2], [1]), "at least one answer": lambda: diversity([]), "alpha must": lambda: dataset_claims(x, alpha=2), "leak_at must": lambda: leakage([x], leak_at=2),
+}
+"""
+
+@pytest.mark.parametrize("flags", [[], ["-O"]])
+def test_bad_input_is_refused_by_name(flags): assert refused(BAD, *flags) == ""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from test_bounds import LAWS, ROUNDING
-from probunlearn.bounds import binary_bound, mean_bound
+from probunlearn.bounds import StoppedScores, binary_bound, leaked, mean_bound
 from probunlearn.means import log_wealth
 from probunlearn.sequential import (Claim, LookPlan, MeanSequence, RateSequence, anytime_stake, certify, looked, mean_ends, plan_looks, rate_ends,
                                     rate_evidence, sample_until)
@@ -112,6 +112,14 @@ def test_verdict_of_the_first_crossing_stays():
 def test_verdicts_say_what_they_rest_on():
     said = str(certify(Claim(.01, decoding="T = 1, top-p 0.9"), np.zeros(600)))
     for part in "Holds", "n = 499", "below 0.01", "α = 0.01", "anytime", "one question", "T = 1, top-p 0.9": assert part in said
+    said = str(certify(Claim(.01), np.zeros(9)))
+    for part in "Undecided", "α = 0.01", "anytime", "decoding not stated": assert part in said
+    for sequence in RateSequence(decoding="T = 1"), MeanSequence(decoding="T = 1"): assert "T = 1" in str(sequence.add(np.zeros(9)).bound)
+    assert "T = 1" in str(plan_looks((30,), .2, decoding="T = 1").verdict(np.zeros(30)))
+
+def test_a_percentage_is_no_threshold():
+    for bad in 100, 0, -1, np.nan:
+        with pytest.raises(ValueError, match="leak_at must lie in"): Claim(.01, leak_at=bad)
 
 def test_certify_agrees_with_the_sequence():
     x = (np.random.default_rng(5).random(900) < .03) * 1.0
@@ -129,7 +137,10 @@ def test_sample_until_stops_resumes_and_counts():
     assert [a for a, _ in asked] == list(range(0, len(x), 50))
     spent, x = sample_until(pull, Claim(.0399), budget=130, batch=50)
     assert spent.outcome == "undecided" and len(x) == spent.n == 130
-    with pytest.raises(ValueError, match="must return 64 scores"): sample_until(lambda a, b: np.zeros(3), Claim(.1))
+    assert isinstance(x, StoppedScores) and "anytime" in str(MeanSequence().add(x).bound) and certify(Claim(.0399), x) == spent
+    for fixed in mean_bound, lambda x: binary_bound(leaked(x).sum(), len(x)):
+        with pytest.raises(ValueError, match="n was not fixed"): fixed(x)
+    with pytest.raises(ValueError, match="must return 256 scores"): sample_until(lambda a, b: np.zeros(3), Claim(.1))
     with pytest.raises(ValueError, match="at least 1"): sample_until(pull, Claim(.1), budget=0)
 
 
@@ -158,6 +169,9 @@ def test_looking_is_paid_for():
     bound = binary_bound(0, 1024, .01)
     assert looked(bound) is bound
     assert looked(bound, looks=3, models=2).alpha == pytest.approx(.06) and "best of 3 looks at 2 models" in str(looked(bound, 3, 2))
-    assert "fixed-n" not in str(looked(bound, 3))
+    assert "fixed-n" not in str(looked(bound, 3)) and "best of 3 looks at 1 model," in str(looked(bound, 3))
+    assert looked(bound, models=2).sampling == "best of 1 look at 2 models; draw it again with a fresh seed for a fixed-n claim"
+    for bad in dict(looks=0), dict(models=1.5), dict(looks=-2, models=-2):
+        with pytest.raises(ValueError, match="whole number of at least 1"): looked(bound, **bad)
     with pytest.raises(ValueError, match="fresh seed"): looked(bound, 100)
     with pytest.raises(ValueError, match="anytime"): looked(RateSequence().add(np.zeros(5)).bound, 2)
