@@ -1,0 +1,116 @@
+"""The command line: help for every option, errors in one line before any work, and the whole way on four records."""
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import probunlearn.cli
+from probunlearn.cli import COMMANDS, main
+from probunlearn.data import fictional_authors
+
+
+@pytest.fixture
+def data(tmp_path):
+    "A folder with two data sets of one's own: four records without key words to forget, four to keep."
+    for name, qas in (("mine", fictional_authors("forget01")), ("kept", fictional_authors("retain90")[:4])):
+        (tmp_path/f"{name}.jsonl").write_text("\n".join(json.dumps(dict(question=qa.question, answer=qa.answer)) for qa in qas))
+    return tmp_path
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    for name in ("load_lm", "small_lm"): monkeypatch.setattr(probunlearn.cli, name, lambda *a, **k: pytest.fail("a model was loaded"))
+
+
+def words(**options): return [w for name, value in options.items() for w in (f"--{name}", str(value))]
+
+
+# --- help -----------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained(command, capsys):
+    with pytest.raises(SystemExit) as e: main([command, "--help"])
+    shown = capsys.readouterr().out
+    explained = {name: " ".join(text.split()) for name, text in re.findall(r"^  --(\w+)(.*?)(?=^  --|\Z)", shown, re.M | re.S)}
+    assert e.value.code == 0 and set(explained) == {f.name for f in fields(COMMANDS[command])} and "<function" not in shown
+    for name, text in explained.items(): assert re.match(r"[A-Z_]+ [^(]\S* \S+.*\(", text), f"--{name} has no help: {text!r}"
+    assert COMMANDS[command].__doc__ in " ".join(shown.split())
+
+
+def test_the_entry_point_is_installed():
+    done = subprocess.run([Path(sys.executable).parent/"probunlearn", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS) and not done.stderr
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------------------------------
+
+def evaluation(**how): return ["evaluate", *words(**dict(model="small:full", data="fictional_authors", split="forget01", out="run", n=4) | how)]
+def training(command, **how): return [command, *words(**dict(model="small:full", data="fictional_authors", out="trained", steps=1) | how)]
+
+@pytest.mark.parametrize("args, names", [
+    (evaluation(data="nowhere.jsonl"), "nowhere.jsonl"), (evaluation(split="forget99"), "forget99"), (evaluation(retain_split="kept"), "kept"), (evaluation(score="bleu"), "bleu"),
+    (evaluation(alpha=1), "alpha"), (evaluation(top_p=0), "top_p"), (evaluation(temperature=-1), "temperature"), (evaluation(max_new_tokens=0), "max_new_tokens"),
+    (training("finetune", data="nowhere.csv"), "nowhere.csv"), (training("finetune", lr=-1), "lr"), (training("finetune", schedule="steep"), "steep"),
+    (training("unlearn", forget="forget99"), "forget99"), (training("unlearn", retain="nothing"), "nothing"), (training("unlearn", method="magic"), "magic"),
+    (training("unlearn", entropy_on="them"), "them")], ids=lambda v: None if isinstance(v, str) else v[0])
+def test_what_is_wrong_is_said_in_one_line_before_a_model_is_loaded(args, names, no_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = main(args)
+    assert isinstance(said, str) and said.startswith(f"probunlearn {args[0]}: ") and names in said and "\n" not in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how, names", [(dict(n=0), "n"), (dict(leak_at=0), "leak_at"), (dict(adaptive=2), "confidence")], ids=str)
+def test_bad_values_leave_no_report(how, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = main(evaluation(**how))
+    assert isinstance(said, str) and names in said and "\n" not in said and not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize("args", [evaluation(model="./nowhere"), evaluation(model="small:half"), training("finetune", model="./nowhere")], ids=" ".join)
+def test_a_model_that_is_not_there(args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = main(args)
+    assert isinstance(said, str) and re.search("nowhere|half", said) and "\n" not in said
+
+
+@pytest.mark.parametrize("command", ["finetune", "unlearn", "evaluate"])
+def test_a_place_that_cannot_be_written_fails_before_a_model_is_loaded(command, no_model, tmp_path):
+    (tmp_path/"taken").write_text("a file, not a folder")
+    said = main(evaluation(out=tmp_path/"taken") if command == "evaluate" else training(command, out=tmp_path/"taken"/"deeper"))
+    assert isinstance(said, str) and "taken" in said
+
+
+@pytest.mark.parametrize("args", [["evaluate"], evaluation(n="many"), evaluation(colour="red"), ["forget"], []], ids=" ".join)
+def test_words_that_are_no_options(args, no_model, capsys):
+    with pytest.raises(SystemExit) as e: main(args)
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and "error" in said and "Traceback" not in said
+
+
+# --- the whole way --------------------------------------------------------------------------------------------------------------------------
+
+def test_records_of_ones_own_by_another_score(data, capsys):
+    args = ["evaluate", *words(model="small:retain", data=data/"mine.jsonl", out=data/"run", n=8, score="rouge_l_recall", leak_at=.5, max_new_tokens=12)]
+    for _ in range(2):                                                          # the second time from the run folder
+        assert main(args) is None
+        assert {p.suffix for p in (data/"run").glob("report.*")} == {".html", ".json", ".png"}
+        said, d = capsys.readouterr().out, json.loads((data/"run"/"report.json").read_text())
+        assert all(claim in said for claim in d["claims"]) and "report.html" in said and d["score"] == "ROUGE-L recall" and len(d["questions"]) == 4
+    args[args.index("--n") + 1] = "9"
+    assert "another n: 8 there, 9 now" in main(args)
+
+
+def test_finetune_unlearn_evaluate(data):
+    taught, unlearned = data/"taught", data/"unlearned"
+    small = words(steps=2, batch_size=2)
+    assert main(["finetune", *words(model="small:retain", data=data, split="mine", out=taught), *small]) is None
+    assert main(["unlearn", *words(model=taught, data=data, forget="mine", retain="kept", out=unlearned, method="grad_diff"), *small]) is None
+    assert main(["evaluate", *words(model=unlearned, data=data, split="mine", retain_split="kept", out=data/"run", n=4, score="rouge_l_recall", max_new_tokens=8)]) is None
+    settings = json.loads((data/"run"/"run.json").read_text())["settings"]
+    assert (settings["n"], settings["decoding"]["max_new_tokens"]) == (4, 8) and all((d/"model.safetensors").exists() for d in (taught, unlearned))
+    assert "retain" in json.loads((data/"run"/"report.json").read_text())["summary"]
