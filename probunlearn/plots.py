@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import ScaledTranslation
 
-from .bounds import as_scores, mean_bound, survival_bound
+from .bounds import as_scores, confidence, mean_bound, rounded, survival_bound
 from .scores import SCORES, score_name
 
 # %% ../nbs/07_plots.ipynb #4148864b
@@ -57,9 +57,10 @@ def _title(ax, text, wide=1):
     _legend(ax, wide)
     ax.set_title(fill(text, max(20, int(wide*_points(ax)[0]/5.5))), loc="center", x=0, ha="left")
 
-def _share(p):
-    "A share in words."
-    return f"{100*p:.{3 if p > .1 else 2}g} %"
+def _share(p, side=None):
+    "A share in words; that of a bound is rounded outward, to its `side`."
+    digits = 3 if p > .1 else 2
+    return f"{100*(float(rounded(p, side, digits)) if side else p):.{digits}g} %"
 
 def _name(score):
     "How the axis calls `score`."
@@ -68,7 +69,7 @@ def _name(score):
 def _seen(x):
     "The scores that arrived, float64 (draw,), and how many they are in words."
     if np.ndim(x) != 1: raise ValueError(f"x must hold the scores of one question, shape (draw,); got shape {np.shape(x)}")
-    seen = as_scores(x, missing="worst")[0]
+    seen = as_scores(x, missing="worst", anytime=True)[0]
     seen = seen[~np.isnan(seen)]
     if not len(seen): raise ValueError(f"x must hold at least one score; all {len(x)} are missing")
     return seen, f"{len(seen):,} draws" + f" ({len(x) - len(seen)} missing)"*(len(seen) < len(x))
@@ -116,7 +117,7 @@ def score_density(
     _needles(ax, values, shares)
     ax.plot(x, np.full(len(x), -.05), "|", color=COLOURS["draws"], alpha=.5, ms=7, transform=ax.get_xaxis_transform(), clip_on=False)
     for at, meaning, line, what in ((greedy, "greedy", "--", "greedy answer"), (x.mean(), "draws", ":", "mean of draws"), (bound, "bound", "-", "mean at most")):
-        if at is not None: ax.axvline(float(at), color=COLOURS[meaning], ls=line, label=f"{what} {float(at):.3g}")
+        if at is not None: ax.axvline(float(at), color=COLOURS[meaning], ls=line, label=f"{what} {rounded(at, digits=3) if meaning == 'bound' else format(float(at), '.3g')}")
     ax.set(xlim=(-.02, 1.02), ylim=(0, 1.12*ax.dataLim.y1), xlabel=f"{_name(score)} of one answer", ylabel="share of draws")
     ax.tick_params(axis="x", pad=9)
     _title(ax, _headline(x, count, greedy))
@@ -135,16 +136,16 @@ def survival_band(
     "Share of draws above every score t, with the two-sided band of `survival_bound`; ValueError as there."
     seen, count = _seen(x)
     t = np.unique(np.r_[0, seen, at, 1])
-    band = survival_bound(np.asarray(x, dtype=float), at=t, alpha=alpha, side="two-sided", method=method, missing="worst")
+    band = survival_bound(np.asanyarray(x, dtype=float), at=t, alpha=alpha, side="two-sided", method=method, missing="worst")
     low, high = band.value.T*(t < 1)  # (2, t); no score lies above 1
-    above, here, sure = np.array([np.mean(seen > s) for s in t]), np.searchsorted(t, at), _share(1 - alpha)
+    above, here, sure = np.array([np.mean(seen > s) for s in t]), np.searchsorted(t, at), confidence(alpha)
     ax = _axes(ax)
-    ax.fill_between(t, low, high, step="post", color=COLOURS["bound"], alpha=.2, lw=0, label=f"holds the truth with confidence {sure}")
+    ax.fill_between(t, low, high, step="post", color=COLOURS["bound"], alpha=.2, lw=0, label=f"holds the truth with {sure}")
     ax.step(t, high, where="post", color=COLOURS["bound"], lw=1)
     ax.step(t, above, where="post", color=COLOURS["draws"], clip_on=False, label="seen in the draws")
     ax.plot([at, at], [above[here], high[here]], "o-", color=COLOURS["bound"], ms=4, lw=1)
     ax.set(xlim=(0, 1), ylim=(0, None), xlabel=f"t, {_name(score)}", ylabel="share above t")
-    _title(ax, f"{_share(above[here])} of {count} score above {at:g}; with confidence {sure} the truth is at most {_share(high[here])}")
+    _title(ax, f"{_share(above[here])} of {count} score above {at:g}; with {sure} the truth is at most {_share(high[here], 'upper')}")
     return ax
 
 # %% ../nbs/07_plots.ipynb #30a08f48
@@ -167,8 +168,8 @@ def bound_by_draws(
     ax.set_xscale("log", base=2)
     ax.set(ylim=(0, None), xlabel="number of draws, fixed in advance", ylabel=f"mean {_name(score)}", xticks=sizes, xticklabels=[f"{n:,}" for n in sizes])
     ax.minorticks_off()
-    first, last = bounds[methods[0]][0], bounds[methods[0]][-1]
-    _title(ax, f"Mean {seen.mean():.2g}: from {sizes[0]} to {sizes[-1]:,} draws its bound goes from {first:.2g} to {last:.2g} (confidence {_share(1 - alpha)})")
+    first, last = (rounded(bounds[methods[0]][i], digits=2) for i in (0, -1))
+    _title(ax, f"Mean {seen.mean():.2g}: from {sizes[0]} to {sizes[-1]:,} draws its bound goes from {first} to {last} ({confidence(alpha)})")
     return ax
 
 # %% ../nbs/07_plots.ipynb #340d8ae0
@@ -185,7 +186,9 @@ def _winner(frame):
     "What a board of methods shows, in one sentence."
     best = frame.loc[frame["bound"].idxmin()]
     kept = f" at retain score {best['retain']:.2f}" if "retain" in frame else ""
-    return f"{best.name} has the lowest bound: mean leak at most {best['bound']:.2g}{kept}; greedy shows {best['greedy']:.2g}"
+    found = f"{rounded(best['bound'], digits=2)}{kept}"
+    if len(frame) == 1: return f"{best.name}: mean leak at most {found}; greedy shows {best['greedy']:.2g}"
+    return f"{best.name} has the lowest bound of {len(frame)} ({found}); draw it again before claiming it"
 
 # %% ../nbs/07_plots.ipynb #c0fb776f
 @style()

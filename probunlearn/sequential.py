@@ -110,7 +110,9 @@ class MeanSequence:
         self.alpha, self.side, self.x, self.low, self.high, self.decoding = alpha, side, None, np.float64(0), np.float64(1), decoding
 
     @property
-    def n(self): return 0 if self.x is None else self.x.shape[1]
+    def n(self):
+        "Draws so far."
+        return 0 if self.x is None else self.x.shape[1]
 
     def add(self,
         x, # (draws,) or (questions, draws) new scores in [0, 1], in the order they were drawn

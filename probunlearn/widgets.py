@@ -11,7 +11,7 @@ from io import BytesIO
 import ipywidgets as W
 import matplotlib.pyplot as plt
 import numpy as np
-from .bounds import ed_bound, mean_bound, std_bound
+from .bounds import ed_bound, mean_bound, rounded, std_bound
 from .plots import COLOURS, style
 
 # %% ../nbs/08_widgets.ipynb #ef3216a0
@@ -46,14 +46,16 @@ def bounds_against_truth(
     seed:int=0, # which repetition of the experiment
     ax=None, # axes to draw on
 ): # Axes
-    "Bars from the truth to each upper bound; a bound below the truth is drawn in the colour of leaks."
+    "Bars from the truth to each upper bound; one below the truth has the colour of leaks and can't win."
     values, truth = bounds_and_truth(law, what, n, alpha, seed)
     with style():
         ax = ax or plt.subplots(figsize=(6, 0.9 + 0.3 * len(values)))[1]
         wrong = [value < truth - 1e-9 for value in values.values()]
+        holding = {method: value for (method, value), w in zip(values.items(), wrong) if not w}
+        tightest = f"Tightest that holds: {min(holding, key=holding.get)}" if holding else "None holds here"
         ax.barh(list(values), [v - truth for v in values.values()], left=truth, color=[COLOURS["leak" if w else "bound"] for w in wrong])
         ax.axvline(truth, c=COLOURS["greedy"], ls="--", lw=1)
-        ax.set(xlabel=f"upper bound on the {what} (dashed: truth, {truth:.3f})", title=f"Tightest here: {min(values, key=values.get)}; {sum(wrong)} below the truth")
+        ax.set(xlabel=f"upper bound on the {what} (dashed: truth, {truth:.3f})", title=f"{tightest}; {sum(wrong)} below the truth")
     return ax
 
 # %% ../nbs/08_widgets.ipynb #78191e06
@@ -75,7 +77,7 @@ def bound_explorer(): # a box of controls, the picture and its numbers
         settings = {name: control.value for name, control in controls.items()}
         with plt.rc_context({"interactive": False}): image.value = _picture(bounds_against_truth(**settings))
         values, truth = bounds_and_truth(**settings)
-        numbers.value = escape(f"truth {truth:.4f}; " + ", ".join(f"{method} {value:.4f}" for method, value in values.items()))
+        numbers.value = escape(f"truth {truth:.4f}; " + ", ".join(f"{method} {rounded(value)}" for method, value in values.items()))
     for control in controls.values(): control.observe(show, "value")
     show()
     box = W.VBox([W.HBox([controls["law"], controls["what"]]), W.HBox([controls["n"], controls["alpha"], controls["seed"]]), image, numbers])

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from probunlearn.bounds import mean_bound, survival_bound
+from probunlearn.bounds import StoppedScores, mean_bound, survival_bound
 from probunlearn.plots import COLOURS, answer_tree, bound_by_draws, method_board, score_density, style, survival_band
 
 RNG = np.random.default_rng(0)
@@ -57,8 +57,15 @@ def test_titles_say_what_the_data_show():
     assert score_density(SAMPLES["rare"], greedy=0).get_title() == "Greedy scores 0, yet 0.5 % of 200 draws score higher, up to 1"
     assert score_density(SAMPLES["zeros"], greedy=0).get_title() == "Greedy scores 0; none of 200 draws scores higher"
     assert "(1 missing)" in score_density(SAMPLES["missing"]).get_title()
-    assert method_board(BOARD).get_title().startswith("NPO has the lowest bound")
-    assert method_board(BOARD, reference=["NPO"]).get_title().startswith("full has the lowest bound")
+    assert method_board(BOARD).get_title().replace("\n", " ") == "NPO has the lowest bound of 2 (0.02 at retain score 0.98); draw it again before claiming it"
+    assert method_board(BOARD, reference=["NPO"]).get_title().replace("\n", " ") == "full: mean leak at most 0.95 at retain score 0.99; greedy shows 1"
+
+
+def test_numbers_of_bounds_are_rounded_outward():
+    assert "at most 0.0124" in [line.get_label() for line in score_density(SAMPLES["rare"], bound=.01231).lines][-1]
+    tiny = survival_band(SAMPLES["zeros"], alpha=1e-5)
+    assert "confidence 1 - 1e-05" in tiny.get_title().replace("\n", " ") and "100 %" not in tiny.get_title()
+    assert "0.0082" in method_board(BOARD.assign(bound=[.95, .00811])).get_title()
 
 
 @pytest.mark.parametrize("sample", ("atoms", "missing", "rare"))
@@ -81,7 +88,8 @@ def test_bound_by_draws_ends_at_the_bound_of_all_draws():
 
 def test_bad_input_is_refused_before_a_figure_is_made():
     for call in (lambda: score_density([.2, 1.5]), lambda: score_density([[.2]]), lambda: survival_band([.2], alpha=0), lambda: survival_band([.2], method="x"),
-                 lambda: bound_by_draws([.2]*20, methods=("x",)), lambda: method_board(BOARD[["mean"]])):
+                 lambda: bound_by_draws([.2]*20, methods=("x",)), lambda: method_board(BOARD[["mean"]]),
+                 lambda: survival_band(np.zeros(9).view(StoppedScores)), lambda: bound_by_draws(np.zeros(20).view(StoppedScores))):
         with pytest.raises(ValueError): call()
     assert not plt.get_fignums()
 
