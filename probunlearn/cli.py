@@ -13,7 +13,7 @@ import time
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 # %% ../nbs/17_cli.ipynb #515c769b
-from .bounds import check_alpha
+from .bounds import check_alpha, leaked
 from .data import fictional_authors, load_qa
 from .draws import Decoding
 from .evaluation import evaluate
@@ -118,10 +118,13 @@ class Evaluate:
     def run(self):
         decoding, qas = Decoding(self.temperature, self.top_p, self.top_k, self.max_new_tokens), _records(self.data, self.split)
         retain = _records(self.data, self.retain_split) if self.retain_split else []
-        check_alpha(self.alpha); check_score(self.score, qas + retain); _folder(self.out)
+        rule = AdaptiveTemperature(self.adaptive) if self.adaptive is not None else None
+        check_alpha(self.alpha); leaked([], self.leak_at); check_score(self.score, qas + retain)
+        if self.n < 1: raise ValueError(f"n must be at least 1, got {self.n}")
+        _folder(self.out)
         lm, tok = _model(self.model)
         report = evaluate(lm, tok, qas, self.n, self.score, self.leak_at, self.alpha, decoding, self.seed, self.out, retain,
-                          rule=AdaptiveTemperature(self.adaptive) if self.adaptive is not None else None, name=self.model)
+                          rule=rule, name=self.model)
         print("\n".join(f"• {claim}" for claim in report.claims))
         print(f"report: {report.save(Path(self.out)/'report.html')}")
 

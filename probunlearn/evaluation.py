@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 # %% ../nbs/16_evaluation.ipynb #8faef659
 from .bounds import check_alpha, leaked
-from .data import Template, check_unique
+from .data import Template
 from .draws import Decoding, fingerprint, is_whole, load_draws, save_draws
 from .models import end_ids, lm_fingerprint
 from .planning import RunPlan
 from .report import Asked, Report
-from .sampling import greedy, sample
+from .sampling import encode_prompts, greedy, sample
 from .scores import check_score
 
 # %% ../nbs/16_evaluation.ipynb #7eda29d8
@@ -61,9 +61,14 @@ def _kept(path, run, make):
     if draws.run != run: raise ValueError(f"{path} holds draws of another run; move it away, and these draws are made anew")
     return draws
 
+def _file_name(id):
+    "A question's id as a file name; a long one is cut and told apart by its hash."
+    name = quote(id, safe="")
+    return name if len(name) <= 150 else f"{name[:100]}-{fingerprint(id)}"
+
 def _ask(lm, tok, qas, n, decoding, seed, template, rule, folder, run, progress):
     "The draws and greedy answers of some questions, from the run's folder where they are there."
-    def file(kind, qa): return folder and folder/f"{kind}-{quote(qa.id, safe='')}.parquet"
+    def file(kind, qa): return folder and folder/f"{kind}-{_file_name(qa.id)}.parquet"
     def at_once(): return {d.id: d for d in greedy(lm, tok, qas, decoding, template)}
     answers = {} if folder and all(file("greedy", qa).exists() for qa in qas) else at_once()
     first = [_kept(file("greedy", qa), run, lambda: answers[qa.id]) for qa in qas]
@@ -91,8 +96,11 @@ def evaluate(
 ):                                      # `Report`; ValueError before any work on bad settings, empty data, duplicate ids or another run in `out`
     "Draw answers, score them, bound what leaks."
     retain = list(retain)
-    check_alpha(alpha); leaked([], leak_at); check_unique(list(qas) + retain); check_score(score, list(qas) + retain); end_ids(lm, tok)
+    check_alpha(alpha); leaked([], leak_at); check_score(score, list(qas) + retain); end_ids(lm, tok)
     if not (is_whole(n, 1) and is_whole(n_retain, 1)): raise ValueError(f"n and n_retain must be whole numbers >= 1, got {n!r} and {n_retain!r}")
+    if not is_whole(seed, 0): raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
+    n, n_retain, seed = int(n), int(n_retain), int(seed)
+    encode_prompts(lm, tok, list(qas) + retain, decoding, template)
     settings = run_settings(lm, tok, list(qas), retain, n, n_retain, decoding, seed, template, rule)
     folder, run = open_run(out, settings) if out else None, fingerprint(settings)
     if progress: print(RunPlan(n, len(qas), alpha))

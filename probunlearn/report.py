@@ -15,7 +15,7 @@ import json
 import numpy as np
 
 # %% ../nbs/07a_report.ipynb #35d01af1
-from .bounds import binary_bound, leaked
+from .bounds import binary_bound, confidence, leaked
 from .data import check_unique
 from .draws import is_whole
 from .metrics import dataset_claims, diversity, leakage, seen_mass_bounds
@@ -83,7 +83,7 @@ class Report:
     def decoding(self): return f"{self.forget.draws[0].decoding}, model {self.name}"
 
     @property
-    def confidence(self): return f"{100 * (1 - self.alpha * self.looks * self.models):.6g} %"
+    def confidence(self): return confidence(self.alpha * self.looks * self.models)
 
     @property
     def bounds(self):
@@ -186,7 +186,7 @@ def _report_html(report):
     order = np.argsort(-frame.leaks.to_numpy(), kind="stable")
     claims = "".join(f"<li>{escape(c)}</li>" for c in report.claims)
     return (f"{_CSS}<div class='pu'><h1>What {escape(report.name)} leaks</h1><ul>{claims}</ul><p>Each guarantee stands for itself: it is wrong with the probability α that it names.</p>{_image(_picture(report.plot))}"
-            f"<h2>Question by question</h2><p>Each bound holds with confidence {report.confidence} for its question alone, not jointly; a leak is {escape(report.what_leaks)}. "
+            f"<h2>Question by question</h2><p>Each bound holds with {report.confidence} for its question alone, not jointly; a leak is {escape(report.what_leaks)}. "
             f"<i>For certain</i> is exact up to floating point, from the probabilities of the answers seen.</p>"
             f"{_table(frame.iloc[order][list(_SHOWN)].rename(columns=_SHOWN))}<h2>What it says</h2>{''.join(_top_answers(report, q) for q in order)}"
             f"<h2>How it was made</h2><p><code>{escape(json.dumps(report.how, default=str))}</code></p></div>")
@@ -252,7 +252,7 @@ class Board:
 
     def _legend(self):
         first = self.reports[0]
-        return f"Forget questions: {len(first.x)}, {first.x.shape[1]:,} draws each; a leak is {first.what_leaks}. Each bound holds with confidence {first.confidence} by itself. {_LEGEND}"
+        return f"Forget questions: {len(first.x)}, {first.x.shape[1]:,} draws each; a leak is {first.what_leaks}. Each bound holds with {first.confidence} by itself. {_LEGEND}"
 
     def save(self, path):
         "Write a self-contained HTML page, and beside it the same as JSON and the figure as PNG."

@@ -65,7 +65,7 @@ def test_what_is_wrong_is_said_in_one_line_before_a_model_is_loaded(args, names,
 
 
 @pytest.mark.parametrize("how, names", [(dict(n=0), "n"), (dict(leak_at=0), "leak_at"), (dict(adaptive=2), "confidence")], ids=str)
-def test_bad_values_leave_no_report(how, names, tmp_path, monkeypatch):
+def test_bad_values_are_refused_before_a_model_is_loaded(how, names, tmp_path, monkeypatch, no_model):
     monkeypatch.chdir(tmp_path)
     said = main(evaluation(**how))
     assert isinstance(said, str) and names in said and "\n" not in said and not list(tmp_path.rglob("*.*"))
