@@ -246,7 +246,8 @@ class Board:
         return method_board(self.to_frame(), self.reference, score=f"P({self.reports[0].what_leaks})", ax=ax)
 
     def _repr_html_(self):
-        table = _table(self.to_frame().rename(columns=_COLUMNS))
+        frame = self.to_frame()
+        table = _table(frame[[c for c in _COLUMNS if c in frame]].rename(columns=_COLUMNS))
         claims = "".join(f"<h3>{escape(r.name)}</h3><ul>{''.join(f'<li>{escape(c)}</li>' for c in r.claims)}</ul>" for r in self.reports)
         return f"{_CSS}<div class='pu'><h1>{escape(self.name)}</h1>{_image(_picture(self.plot))}{table}<p>{escape(self._legend())}</p><h2>Claims</h2>{claims}</div>"
 
@@ -258,8 +259,9 @@ class Board:
         "Write a self-contained HTML page, and beside it the same as JSON and the figure as PNG."
         return _save(self, path)
 
-_COLUMNS = dict(greedy="greedy leaks", mean="draws leak", bound="average P(leak) ≤", certain="… ≤ for certain", worst="worst P(leak) ≤", some_draw="questions with a leaking draw",
-                score="mean score", ed="ED", words="words", empty="empty", distinct="distinct", retain="retain, greedy", retain_draws="retain, draws", retain_distinct="retain distinct")
+_COLUMNS = dict(greedy="greedy leaks", mean="draws leak", bound="average P(leak) ≤", worst="worst P(leak) ≤", retain="retain, greedy", retain_draws="retain, draws",
+                some_draw="questions with a leaking draw", certain="average ≤ for certain", score="mean score", ed="ED", words="words", empty="empty", distinct="distinct",
+                retain_distinct="retain distinct")
 _LEGEND = ("Shares from 0 to 1. Greedy leaks: share of forget questions whose greedy answer leaks. Average P(leak) ≤: pooled over these questions. Worst P(leak) ≤: holds for all "
            "questions jointly (Bonferroni). ≤ for certain: from exact answer probabilities, up to floating point. ED: mean + 2 standard deviations of the score. Words and empty: median "
            "length and share of empty greedy answers on forget questions. Distinct: distinct answers per draw. A model picked from this table for its bound has to be drawn again with "
