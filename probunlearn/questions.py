@@ -95,11 +95,14 @@ def population_mean(
     x, # (Q, draws) scores in [0, 1]; the questions are a random sample, in random order
     alpha:float=0.01, # chance that the claim is wrong
     side:str="upper", # "upper", "lower" or "two-sided"
+    missing:str="error", # "worst": NaN counts as 1 in an upper end and as 0 in a lower one
 )->Bound: # its n is the number of questions
     "Bound on the average score over the population that the questions were sampled from (betting: Waudby-Smith and Ramdas 2024); ValueError as `mean_bound`."
-    table = as_scores(x)
+    table, each = as_scores(x, missing), alpha / 2 if side == "two-sided" else alpha
+    ends = {end: mean_bound(np.nan_to_num(table, nan=worst).mean(1), each, end) for end, worst in (("lower", 0), ("upper", 1))}
+    bound = replace(ends["upper"], value=np.array([float(ends["lower"]), float(ends["upper"])]), alpha=alpha, side=side) if side == "two-sided" else ends[side]
     where = f"questions with {table.shape[1]:,} draws each, over the population of which they are a random sample"
-    return replace(mean_bound(table.mean(1), alpha, side), quantity="the average score", scope=where)
+    return replace(bound, quantity="the average score", scope=where)
 
 # %% ../nbs/04a_questions.ipynb #aeb83604
 def difference_bound(
@@ -108,10 +111,11 @@ def difference_bound(
     alpha:float=0.01, # chance that the claim is wrong
     side:str="two-sided", # "two-sided", "upper" or "lower"
     pooled:bool=False, # one bound on the average over the questions instead of one per question
+    missing:str="error", # "worst": a pair with NaN counts as whatever widens the bound most
 )->Bound: # in [-1, 1]; below 0 the first model leaks less
     "Bound on the mean score of one model minus that of another (betting: Waudby-Smith and Ramdas 2024); ValueError for unequal shapes."
     if np.shape(a) != np.shape(b): raise ValueError(f"both models need the same questions and draws, got shapes {np.shape(a)} and {np.shape(b)}")
-    first, second = as_scores(a), as_scores(b)
+    first, second = as_scores(a, missing), as_scores(b, missing)
     half = (1 + first - second) / 2
-    bound = pooled_mean(half, alpha, side) if pooled else mean_bound(half if np.ndim(a) == 2 else half[0], alpha, side)
+    bound = pooled_mean(half, alpha, side, missing=missing) if pooled else mean_bound(half if np.ndim(a) == 2 else half[0], alpha, side, missing=missing)
     return replace(bound, value=2 * bound.value - 1, quantity="the mean score of the first model minus that of the second")

@@ -59,20 +59,23 @@ class RateSequence:
         alpha:float=0.01, # chance that it is ever wrong
         side:str="upper", # "upper", "lower" or "two-sided"
         decoding:str="", # the decoding it holds for
+        missing:str="error", # "worst": NaN counts as a leak in the upper end and as none in the lower one
     ):
         check_alpha(alpha)
         check_choice("side", side, ["upper", "lower", "two-sided"])
-        self.alpha, self.side, self.leaks, self.n, self.low, self.high, self.decoding = alpha, side, 0, 0, np.float64(0), np.float64(1), decoding
+        self.alpha, self.side, self.low, self.high, self.decoding, self.missing = alpha, side, np.float64(0), np.float64(1), decoding, missing
+        self.leaks, self.lost, self.n = 0, 0, 0
 
     def add(self,
         leaks, # (draws,) or (questions, draws) which of the new draws leaked: 0 or 1
     ):
         "Take new draws; ValueError if they are not 0 or 1, or of other questions than before. Returns the sequence."
-        new = as_scores(leaks, anytime=True)
-        if not ((new == 0) | (new == 1)).all(): raise ValueError("RateSequence needs draws that are 0 or 1; for scores in between use MeanSequence")
+        new = as_scores(leaks, self.missing, anytime=True)
+        if not ((new == 0) | (new == 1) | np.isnan(new)).all(): raise ValueError("RateSequence needs draws that are 0 or 1; for scores in between use MeanSequence")
         if self.n and np.shape(self.leaks) != np.shape(leaks)[:-1]: raise ValueError(f"the draws so far have shape {np.shape(self.leaks)} without the draws, the new ones {np.shape(leaks)[:-1]}")
-        self.leaks, self.n = self.leaks + (new.sum(1) if np.ndim(leaks) == 2 else new.sum()), self.n + new.shape[1]
-        return _tighten(self, *(lambda a, e=end: rate_ends(self.leaks, self.n, a, e) for end in ("upper", "lower")))
+        total = lambda table: table.sum(1) if np.ndim(leaks) == 2 else table.sum()
+        self.leaks, self.lost, self.n = self.leaks + total(new == 1), self.lost + total(np.isnan(new)), self.n + new.shape[1]
+        return _tighten(self, lambda a: rate_ends(self.leaks + self.lost, self.n, a, "upper"), lambda a: rate_ends(self.leaks, self.n, a, "lower"))
 
     @property
     def bound(self):
@@ -104,10 +107,11 @@ class MeanSequence:
         alpha:float=0.01, # chance that it is ever wrong
         side:str="upper", # "upper", "lower" or "two-sided"
         decoding:str="", # the decoding it holds for
+        missing:str="error", # "worst": NaN counts as 1 in the upper end and as 0 in the lower one
     ):
         check_alpha(alpha)
         check_choice("side", side, ["upper", "lower", "two-sided"])
-        self.alpha, self.side, self.x, self.low, self.high, self.decoding = alpha, side, None, np.float64(0), np.float64(1), decoding
+        self.alpha, self.side, self.x, self.low, self.high, self.decoding, self.missing = alpha, side, None, np.float64(0), np.float64(1), decoding, missing
 
     @property
     def n(self):
@@ -118,11 +122,13 @@ class MeanSequence:
         x, # (draws,) or (questions, draws) new scores in [0, 1], in the order they were drawn
     ):
         "Take new draws; ValueError if they leave [0, 1], or are of other questions than before. Returns the sequence."
-        new = as_scores(x, anytime=True)
+        new = as_scores(x, self.missing, anytime=True)
         if self.x is not None and len(new) != len(self.x): raise ValueError(f"the draws so far are of {len(self.x)} questions, the new ones of {len(new)}")
         self.x = new if self.x is None else np.concatenate([self.x, new], 1)
-        ends = lambda a, end: mean_ends(self.x, a, end) if np.ndim(x) == 2 else mean_ends(self.x, a, end)[0]
-        return _tighten(self, lambda a: ends(a, "upper"), lambda a: ends(a, "lower"))
+        def ends(a, end, worst):
+            found = mean_ends(np.nan_to_num(self.x, nan=worst), a, end)
+            return found if np.ndim(x) == 2 else found[0]
+        return _tighten(self, lambda a: ends(a, "upper", 1), lambda a: ends(a, "lower", 0))
 
     @property
     def bound(self):
@@ -164,17 +170,17 @@ class Verdict:
 def certify(
     claim:Claim,
     x, # (n,) scores of one question so far, in the order they were drawn
+    missing:str="error", # "worst": NaN counts against the claim when it holds, and for it when it is refuted
 )->Verdict:
     "Whether the claim holds, is refuted or is undecided after these draws, however often you ask (Ville 1939); ValueError unless `x` is one question."
-    table = as_scores(x, anytime=True)
+    table = as_scores(x, missing, anytime=True)
     if len(table) != 1: raise ValueError(f"certify decides one question at a time, got {len(table)} rows")
-    t, tau = np.arange(1, table.shape[1] + 1), claim.below
+    t, tau, most, least = np.arange(1, table.shape[1] + 1), claim.below, np.nan_to_num(table, nan=1), np.nan_to_num(table, nan=0)
     if claim.leak_at is None:
-        stake = anytime_stake(table, claim.alpha)
-        money = log_wealth(table, tau, stake)[0], log_wealth(1 - table, 1 - tau, stake)[0]
+        money = log_wealth(most, tau, anytime_stake(most, claim.alpha))[0], log_wealth(1 - least, 1 - tau, anytime_stake(least, claim.alpha))[0]
     else:
-        leaks = np.cumsum(np.ravel(leaked(x, claim.leak_at)))
-        money = rate_evidence(leaks, t, tau, "below"), rate_evidence(leaks, t, tau, "above")
+        leaks = np.ravel(leaked(x, claim.leak_at))
+        money = rate_evidence(np.cumsum(leaks), t, tau, "below"), rate_evidence(np.cumsum(leaks & ~np.isnan(table[0])), t, tau, "above")
     enough = np.array(money) >= -np.log(claim.alpha)                       # (2, n)
     if not enough.any(): return Verdict(claim, "undecided", len(t))
     first = int(enough.any(0).argmax())

@@ -250,3 +250,16 @@ calls = {
 
 @pytest.mark.parametrize("flags", [[], ["-O"]])
 def test_bad_input_is_refused_by_name(flags): assert refused(BAD, *flags) == ""
+
+
+def test_missing_draws_widen_population_and_difference_bounds():
+    x = np.random.default_rng(0).random((200, 16)) * .5
+    y, holes = x / 2, x.copy()
+    holes[:, 3] = np.nan
+    most, least = np.nan_to_num(holes, nan=1), np.nan_to_num(holes, nan=0)
+    low, high = population_mean(holes, .01, "two-sided", missing="worst").value
+    assert high == population_mean(most, .01, "two-sided").value[1] and low == population_mean(least, .01, "two-sided").value[0]
+    wide, narrow = difference_bound(holes, y, .01, missing="worst").value, difference_bound(x, y, .01).value
+    assert (wide[:, 0] <= narrow[:, 0]).all() and (wide[:, 1] >= narrow[:, 1]).all()
+    for bound in (population_mean, lambda z: difference_bound(z, y)):
+        with pytest.raises(ValueError, match="nan"): bound(holes)

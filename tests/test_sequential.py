@@ -175,3 +175,16 @@ def test_looking_is_paid_for():
         with pytest.raises(ValueError, match="whole number of at least 1"): looked(bound, **bad)
     with pytest.raises(ValueError, match="fresh seed"): looked(bound, 100)
     with pytest.raises(ValueError, match="anytime"): looked(RateSequence().add(np.zeros(5)).bound, 2)
+
+
+def test_missing_draws_count_as_the_worst_case():
+    draws = np.r_[np.zeros(600), np.full(100, np.nan), np.ones(20)]
+    most, least = np.nan_to_num(draws, nan=1), np.nan_to_num(draws, nan=0)
+    for sequence in (RateSequence, MeanSequence):
+        low, high = sequence(.01, "two-sided", missing="worst").add(draws).bound.value
+        assert high == sequence(.01, "two-sided").add(most).bound.value[1] and low == sequence(.01, "two-sided").add(least).bound.value[0]
+        with pytest.raises(ValueError, match="nan"): sequence(.01).add(draws)
+    for leak_at in (1.0, None):
+        lost = np.full(5000, np.nan)
+        assert certify(Claim(.5, .01, leak_at), lost, missing="worst").outcome == "undecided"        # nothing seen proves nothing
+        assert certify(Claim(.05, .01, leak_at), np.zeros(2000), missing="worst").outcome == "holds"
