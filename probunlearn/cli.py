@@ -17,11 +17,12 @@ from .bounds import check_alpha, leaked
 from .data import fictional_authors, load_qa
 from .draws import Decoding
 from .evaluation import evaluate
+from .loop import TrainConfig, finetune
 from .models import load_lm, save_lm, small_lm
 from .report import Board
 from .scores import check_score
 from .temperature import AdaptiveTemperature
-from .training import TrainConfig, UnlearnConfig, finetune, leak_probe, unlearn
+from .training import UnlearnConfig, leak_probe, unlearn
 
 # %% ../nbs/17_cli.ipynb #d5c0c2de
 def _records(source, name=None):

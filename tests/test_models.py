@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 from conftest import LetterTok, random_lm
 from probunlearn.data import encode, encode_prompt, fictional_authors
 from probunlearn.draws import Decoding
+from probunlearn.loop import pad_batch
 from probunlearn.losses import answer_mean, answer_stats
 from probunlearn.models import add_lora, best_device, end_ids, lm_fingerprint, load_lm, save_lm, small_lm
 from probunlearn.sampling import greedy, sample
 from probunlearn.scores import score_draws
-from probunlearn.training import pad_batch
 
 
 def logits(lm, tok):

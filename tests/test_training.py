@@ -8,9 +8,10 @@ import torch
 from conftest import random_lm
 from probunlearn.data import QA, Template, encode, encode_prompt, fictional_authors
 from probunlearn.draws import Decoding
+from probunlearn.loop import History, TrainConfig, finetune, pad_batch
 from probunlearn.models import add_lora, lm_fingerprint, small_lm
 from probunlearn.sampling import greedy
-from probunlearn.training import METHODS, History, TrainConfig, UnlearnConfig, finetune, leak_probe, own_answers, pad_batch, reference_nll, unlearn
+from probunlearn.training import METHODS, UnlearnConfig, leak_probe, own_answers, reference_nll, unlearn
 
 FORGET, RETAIN = fictional_authors("forget10"), fictional_authors("retain90")
 
