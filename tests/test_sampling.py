@@ -11,7 +11,8 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from conftest import BARE, KINDS, LetterTok, constant_lm, letters, random_lm
 from probunlearn.data import QA, encode_prompt, fictional_authors
 from probunlearn.draws import Decoding
-from probunlearn.sampling import draw_streams, greedy, sample, splitmix64, token_law
+from probunlearn.law import draw_streams, splitmix64, token_law
+from probunlearn.sampling import greedy, sample
 
 SETTINGS = {"plain": Decoding(), "temperature": Decoding(temperature=.6), "top-k": Decoding(top_k=3), "top-p": Decoding(top_p=.8),
             "all three": Decoding(temperature=1.4, top_k=4, top_p=.9)}
