@@ -24,20 +24,30 @@ def _stemmer():
     return PorterStemmer()
 
 # %% ../nbs/02_scores.ipynb #22c32e04
-@lru_cache(maxsize=2**16)
 def stem(
     word:str, # lower-case word
 )->str: # its stem; words of up to three letters are left as they are
     "Cut `word` down to its stem (Porter 1980, as in `nltk`)."
     return _stemmer().stem(word) if len(word) > 3 else word
 
+class _Known(dict):
+    "Stems of the words met so far, by the word's bytes; starts anew when it grows large."
+    def __missing__(self, word):
+        if len(self) >= 2**17: self.clear()
+        self[word] = found = stem(word.decode())
+        return found
+
 # %% ../nbs/02_scores.ipynb #6b7e4db0
+_KNOWN = _Known()
+_SPACES = bytes(c if chr(c) in "abcdefghijklmnopqrstuvwxyz0123456789" else 32 for c in range(256))  # what separates words becomes a space
+
 @lru_cache(maxsize=2**12)
 def stems(
     text:str, # any text; what is neither ASCII letter nor digit separates words
 )->tuple[str, ...]: # stemmed words in order, (word,)
     "The stemmed words of `text`, split as the `rouge-score` package splits them."
-    return tuple(filter(None, map(stem, re.findall("[a-z0-9]+", text.lower()))))
+    words = text.lower().encode("ascii", "replace").translate(_SPACES).split()
+    return tuple(filter(None, map(_KNOWN.__getitem__, words)))
 
 # %% ../nbs/02_scores.ipynb #bf291e32
 class Rouge(NamedTuple):
