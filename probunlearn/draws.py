@@ -56,6 +56,7 @@ class Draws:
     decoding: Decoding = field(default_factory=Decoding)
     seed: int = 0                   # keys the random streams, together with the question's id
     run: str = ""                   # fingerprint of the run that they belong to, if any
+    source: str = ""                # who gave the answers, where that wasn't a model at hand
 
     @property
     def n(self): return len(self.index)
@@ -68,7 +69,7 @@ class Draws:
         order = np.argsort(-self.counts, kind="stable")[:10]
         p = [f"{np.exp(self.logprobs[i]):.3g}" if self.logprobs is not None else "" for i in order]
         rows = "".join(f"<tr><td>{self.counts[i]}</td><td>{q}</td><td style='text-align:left'>{escape(self.answers[i])}</td></tr>" for i, q in zip(order, p))
-        return (f"<table><caption>{escape(self.id)}: {self.n} draws, {len(self.answers)} distinct ({escape(str(self.decoding))})</caption>"
+        return (f"<table><caption>{escape(self.id)}: {self.n} draws, {len(self.answers)} distinct ({escape(str(self.decoding) + f', {self.source}' * bool(self.source))})</caption>"
                 f"<tr><th>draws</th><th>probability</th><th style='text-align:left'>answer</th></tr>{rows}</table>")
 
 # %% ../nbs/01_draws.ipynb #e2e9876b
@@ -89,7 +90,7 @@ def draws_from_tokens(
 def draws_from_texts(
     id: str,        # the question's id
     texts: list,    # (n,) one answer per draw; None where a draw is missing
-    **how,          # `decoding` and `seed`, where known
+    **how,          # `decoding`, `seed`, `source` and `run`, where known
 ):                  # `Draws` without probabilities
     "Draws made elsewhere, from their texts."
     first = {}
@@ -113,7 +114,7 @@ def save_draws(
     def by_draw(values): return [None if values is None or i < 0 else values[i] for i in draws.index]
     table = pa.table({"answer": pa.array(by_draw(draws.answers), pa.string()), "logprob": pa.array(by_draw(draws.logprobs), pa.float64()),
                       "tokens": pa.array(by_draw(draws.tokens), pa.list_(pa.int32())), "finished": pa.array(by_draw(draws.finished), pa.bool_())})
-    how = dict(id=draws.id, seed=draws.seed, decoding=asdict(draws.decoding), run=draws.run)
+    how = dict(id=draws.id, seed=draws.seed, decoding=asdict(draws.decoding), run=draws.run, source=draws.source)
     pq.write_table(table.replace_schema_metadata({"probunlearn": json.dumps(how)}), temporary, write_page_checksum=True)
     os.replace(temporary, path)
 
