@@ -152,13 +152,14 @@ def unlearn(
     pairs = list(zip(record_order(len(rows), count, rng), rng.integers(len(kept), size=count)))
     def loss_of(model, items, progress):
         at = [i for i, _ in items]
-        f = answer_stats(model, to_device(pad_batch([rows[i] for i in at], tok.pad_token_id), lm.device))
-        r = answer_stats(model, to_device(pad_batch([kept[j] for _, j in items], tok.pad_token_id), lm.device))
+        where = "all" if config.entropy_on == "all" else "answer"
+        f = answer_stats(model, to_device(pad_batch([rows[i] for i in at], tok.pad_token_id), lm.device), where)
+        r = answer_stats(model, to_device(pad_batch([kept[j] for _, j in items], tok.pad_token_id), lm.device), where)
         loss = _unlearning_loss(f, r, reference[at], config)
         values = dict(forget_nll=answer_mean(f.nll, f.answer), retain_nll=answer_mean(r.nll, r.answer))
         if config.lambda_f or config.lambda_r:
             lambda_f, lambda_r = config.entropy_weights(progress)
-            h_f, h_r = _entropy_f(model, lm, tok, [forget[i] for i in at], f, config, template), mean_entropy(r, "all" if config.entropy_on == "all" else "answer")
+            h_f, h_r = _entropy_f(model, lm, tok, [forget[i] for i in at], f, config, template), mean_entropy(r, where)
             loss, values = loss + lambda_f * h_f + lambda_r * h_r, values | dict(forget_entropy=h_f, retain_entropy=h_r)
         return loss, values
     return train_loop(lm, tok, pairs, config, loss_of, probe)

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from conftest import random_lm
-from probunlearn.losses import TokenStats, answer_mean, answer_stats, answer_sum, entropy, grad_ascent, grad_diff, mean_entropy, npo, token_stats
+from probunlearn.losses import (TokenStats, answer_mean, answer_stats, answer_sum, ce_u, control_vector, dpo, entropy, grad_ascent, grad_diff, idk, kl_retain, mean_entropy, npo, rmu,
+                                satimp, simnpo, token_stats, undial, wga)
 
 # two sequences of three tokens over a vocabulary of four; position t is about token t + 1, so position 2 is about nothing
 LOGITS = [[[.5, -1., 2., 0.], [1., 1., -3., .25], [0., 0., 0., 7.]], [[-2., .3, .3, 1.5], [4., -4., .1, 0.], [1., 2., 3., 4.]]]
@@ -178,3 +179,196 @@ def test_float64_models_are_scored_in_float64():
     assert batch().nll.dtype == batch().entropy.dtype == torch.float64
     near_exact = answer_sum(batch().nll, batch().answer)
     assert [float(v) for v in near_exact] == pytest.approx([LONG, SHORT], rel=1e-13)
+
+
+# the other methods: by hand on the same batch, and against open formulas on random rows
+
+P = [math.exp(-nll) for nll in NLL]
+ROWS = [LOGITS[0][0], LOGITS[0][1], LOGITS[1][1]]       # the logits before the three answer tokens 2, 1, 3
+TARGETS = [2, 1, 3]
+TEACHER = [[0., 3., 1., -1.], [.5, .5, 2., 0.], [-1., 0., 1., 2.]]
+
+
+def softmax(line): return [math.exp(l) for l in by_hand(line)[0]]
+
+
+def soft_ce(q, line): return -sum(a * b for a, b in zip(q, by_hand(line)[0]))
+
+
+def mean(values): return sum(values) / len(values)
+
+
+def test_rows_belong_to_the_answer_tokens_in_reading_order():
+    stats = batch()
+    assert stats.target.tolist() == TARGETS and stats.logits.tolist() == ROWS and stats.positions == "all"
+    assert torch.allclose(F.cross_entropy(stats.logits, stats.target, reduction="none"), stats.nll[stats.answer])
+
+
+@pytest.mark.parametrize("beta,delta", [(4.5, 0.), (1., .7), (2.5, 2.)])
+def test_simnpo_by_hand(beta, delta):
+    expected = mean([2 / beta * math.log(1 + math.exp(-beta * (per_token - delta))) for per_token in (LONG / 2, SHORT)])
+    near(simnpo(batch(), beta, delta), expected)
+
+
+@pytest.mark.parametrize("beta", [.1, 2.])
+def test_dpo_by_hand_and_at_its_reference(beta):
+    refusal, forget = [OTHER[0] + OTHER[1], OTHER[2]], [LONG, SHORT]
+    references = [1., 2.5], [2., .5]
+    z = [(f - rf) - (r - rr) for f, rf, r, rr in zip(forget, references[1], refusal, references[0])]
+    near(dpo(other(), batch(), *map(torch.tensor, references), beta), mean([2 / beta * math.log(1 + math.exp(-beta * v)) for v in z]))
+    near(dpo(other(), batch(), torch.tensor(refusal, dtype=torch.float64), torch.tensor(forget, dtype=torch.float64), beta), 2 * math.log(2) / beta)
+
+
+def test_dpo_with_a_refusal_that_stays_where_it_was_is_npo():
+    refusal, reference = answer_sum(other().nll, other().answer), torch.tensor([1., 4.])
+    near(dpo(other(), batch(), refusal, reference, .5), float(npo(batch(), reference, .5)))
+
+
+def test_idk_is_cross_entropy(): near(idk(other()), mean(OTHER))
+
+
+def test_reweighted_ascent_by_hand():
+    near(wga(batch(), 1.), -mean([p * nll for p, nll in zip(P, NLL)]))
+    near(wga(batch(), .5), -mean([p**.5 * nll for p, nll in zip(P, NLL)]))
+    near(wga(batch(), 0.), float(grad_ascent(batch())))
+    near(satimp(batch()), -mean([p**5 * (1 - p) * nll for p, nll in zip(P, NLL)]))
+    near(satimp(batch(), 2., .5), -mean([p**2 * (1 - p)**.5 * nll for p, nll in zip(P, NLL)]))
+    near(satimp(batch(), 1., 0.), float(wga(batch(), 1.)))
+
+
+@pytest.mark.parametrize("loss,weight", [(lambda s: wga(s, 2.), lambda p: p**2), (lambda s: satimp(s, 2., 1.), lambda p: p**2 * (1 - p))])
+def test_weights_are_held_fixed(loss, weight):
+    "The gradient is the weight itself, not the derivative of weight times NLL."
+    nll = torch.tensor([[.1, 2., 0.]], requires_grad=True)
+    slope = torch.autograd.grad(loss(TokenStats(nll, nll.detach(), torch.tensor([[True, True, False]]))), nll)[0]
+    assert slope[0].tolist() == pytest.approx([-weight(math.exp(-.1)) / 2, -weight(math.exp(-2)) / 2, 0], rel=1e-5)
+
+
+def test_certain_tokens_are_spared_without_nan():
+    "A memorised token has an NLL of exactly 0 in float32."
+    nll = torch.tensor([[0., 120.]], requires_grad=True)
+    stats = TokenStats(nll, nll.detach(), torch.ones(1, 2, dtype=torch.bool))
+    for loss in (wga, satimp, simnpo, lambda s: satimp(s, 1., .5)): assert torch.autograd.grad(loss(stats), nll)[0].isfinite().all()
+
+
+def test_kl_by_hand():
+    expected = mean([sum(t * (lt - ls) for t, lt, ls in zip(softmax(teacher), by_hand(teacher)[0], by_hand(row)[0])) for teacher, row in zip(TEACHER, ROWS)])
+    near(kl_retain(batch(), torch.tensor(TEACHER)), expected)
+    near(kl_retain(batch(), batch().logits - 3), 0)
+
+
+@pytest.mark.parametrize("beta", [0., 2., 10.])
+def test_undial_by_hand(beta):
+    targets = [softmax([z - beta * (j == y) for j, z in enumerate(teacher)]) for teacher, y in zip(TEACHER, TARGETS)]
+    near(undial(batch(), torch.tensor(TEACHER), beta), mean([soft_ce(q, row) for q, row in zip(targets, ROWS)]))
+
+
+def test_ce_u_by_hand():
+    def target(row, y): return [p / (1 - softmax(row)[y]) * (j != y) for j, p in enumerate(softmax(row))]
+    near(ce_u(batch()), mean([soft_ce(target(row, y), row) for row, y in zip(ROWS, TARGETS)]))
+
+
+def test_rmu_by_hand():
+    hidden = torch.tensor([[1., 2.], [0., 0.], [-1., 3.]])
+    near(rmu(batch()._replace(hidden=hidden), torch.tensor([1., 1.])), ((0 + 1) + (1 + 1) + (4 + 4)) / 6)
+    near(rmu(batch()._replace(hidden=hidden), hidden - 2), 4)
+    vector = control_vector(64, coefficient=6.5, seed=3)
+    near(vector.norm(), 6.5)
+    assert (vector >= 0).all() and torch.equal(vector, control_vector(64, 6.5, 3)) and not torch.equal(vector, control_vector(64, 6.5, 4))
+
+
+def random_rows(n=40, vocab=300, seed=0, scale=5., dtype=torch.float64):
+    "One sequence of answer tokens with random logits, and a teacher's."
+    rng = torch.Generator().manual_seed(seed)
+    logits, teacher = (scale * torch.randn(1, n + 1, vocab, dtype=torch.float64, generator=rng) for _ in range(2))
+    labels = torch.randint(vocab, (1, n + 1), generator=rng)
+    labels[:, 0] = -100
+    return logits.to(dtype), labels, teacher[0, :n].to(dtype)
+
+
+def test_distributions_against_open_formulas():
+    "torch's own cross-entropy with soft targets and its KL are the oracles, here on peaked float64 rows."
+    logits, labels, teacher = random_rows()
+    stats, z, y = token_stats(logits, labels), logits[0, :-1], labels[0, 1:]
+    hot = F.one_hot(y, 300)
+    near(kl_retain(stats, teacher), float(F.kl_div(z.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)))
+    near(undial(stats, teacher, 7.), float(F.cross_entropy(z, (teacher - 7 * hot).softmax(-1))))
+    near(ce_u(stats), float(F.cross_entropy(z, z.masked_fill(hot.bool(), -torch.inf).softmax(-1))))
+
+
+def test_impossible_tokens_leave_distribution_losses_finite():
+    "A padded vocabulary: the same words have a logit of -∞ in student and teacher."
+    logits, labels, teacher = random_rows(vocab=20, dtype=torch.float32)
+    logits[..., 15:], teacher[..., 15:], labels[labels >= 15] = -torch.inf, -torch.inf, 3
+    logits.requires_grad_()
+    for loss in (lambda s: kl_retain(s, teacher), lambda s: undial(s, teacher), ce_u):
+        value = loss(token_stats(logits, labels))
+        assert value.isfinite() and torch.autograd.grad(value, logits)[0].isfinite().all()
+
+
+def test_a_broken_student_stays_visible():
+    "NaN is not swallowed by the handling of impossible tokens."
+    logits, labels, teacher = random_rows(vocab=20)
+    logits[0, 3, 5] = torch.nan
+    for loss in (lambda s: kl_retain(s, teacher), lambda s: undial(s, teacher), ce_u): assert loss(token_stats(logits, labels)).isnan()
+
+
+def test_targets_are_held_fixed():
+    "The gradient of a cross-entropy to a fixed q is p - q."
+    logits, labels, teacher = random_rows(vocab=20)
+    logits, y = logits.requires_grad_(), labels[0, 1:]
+    hot, p = F.one_hot(y, 20), logits.detach()[0, :-1].softmax(-1)
+    for loss, q in [(lambda s: kl_retain(s, teacher), teacher.softmax(-1)), (lambda s: undial(s, teacher, 3.), (teacher - 3 * hot).softmax(-1)), (ce_u, p * (1 - hot) / (p * (1 - hot)).sum(-1, keepdim=True))]:
+        assert torch.allclose(torch.autograd.grad(loss(token_stats(logits, labels)), logits)[0][0, :-1], (p - q) / 40, atol=1e-12)
+
+
+def test_a_memorised_token_is_pushed_by_ce_u_in_float32():
+    "Its probability rounds to 1; the rest of the distribution still says where to go."
+    logits = torch.tensor([[[30., 0., 1., 2.], [0.] * 4]], requires_grad=True)
+    slope = torch.autograd.grad(ce_u(token_stats(logits, torch.tensor([[-100, 0]]))), logits)[0][0, 0]
+    assert slope[0] == pytest.approx(1) and slope[1:].tolist() == pytest.approx([-v for v in softmax([0., 1., 2.])], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss,match", [(lambda s: kl_retain(s, torch.zeros(3, 4)), "logits=True"), (lambda s: undial(s, torch.zeros(3, 4)), "logits=True"), (ce_u, "logits=True"), (lambda s: rmu(s, torch.zeros(2)), "layer=")])
+def test_losses_say_what_they_need(loss, match):
+    with pytest.raises(ValueError, match=match): loss(batch()._replace(logits=None))
+
+
+def test_an_empty_batch_of_answers_is_worth_nothing():
+    none = token_stats(torch.zeros(1, 3, 4), torch.full((1, 3), -100))
+    for loss in (wga, satimp, idk, ce_u, lambda s: kl_retain(s, torch.zeros(0, 4)), lambda s: undial(s, torch.zeros(0, 4))): near(loss(none), 0)
+
+
+def test_entropy_along_the_answer_is_not_taken_for_that_everywhere():
+    with pytest.raises(ValueError, match="positions='all'"): mean_entropy(batch()._replace(positions="answer"), "all")
+
+
+def test_one_step_of_the_reference_by_its_formulas():
+    """NPO with entropy as the reference trainer computes it: everything padded to 256, CE as the model returns it, the entropy a plain mean over all positions.
+
+    Formulas: retain CE + NPO on summed shifted NLL + λ_f · mean entropy + λ_r · mean entropy, β = .05, λ = 1 and -.25.
+    """
+    lm, rng = random_lm("phi", 50, dtype=torch.float32), torch.Generator().manual_seed(1)
+    reference = random_lm("phi", 50, seed=1, dtype=torch.float32)
+    for p, q in zip(reference.parameters(), lm.parameters()): p.data = q.data + .02 * p.data      # not quite where it started
+    lm.config.max_position_embeddings = 256
+    def padded(count):
+        ids, lengths = torch.randint(50, (count, 256), generator=rng), torch.randint(12, 60, (count, 1), generator=rng)
+        used = torch.arange(256) < lengths
+        return dict(input_ids=ids * used, attention_mask=used.long(), labels=ids.where(used & (torch.arange(256) >= 8), -100))
+    forget, retain = padded(4), padded(4)
+    def logits(model, b): return model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits.float()
+    def sums(model, b): return F.cross_entropy(logits(model, b)[:, :-1].transpose(1, 2), b["labels"][:, 1:], ignore_index=-100, reduction="none").sum(-1)
+    def spread(z): return (-z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean()
+    def theirs():
+        with torch.no_grad(): before = sums(reference, forget)
+        ratio = sums(lm, forget) - before
+        return -F.logsigmoid(.05 * ratio).mean() * 2 / .05 + lm(**retain).loss + spread(logits(lm, forget)) - .25 * spread(logits(lm, retain))
+    def ours():
+        with torch.no_grad(): at_start = answer_stats(reference, forget)
+        f, r = answer_stats(lm, forget, "all"), answer_stats(lm, retain, "all")
+        return npo(f, answer_sum(at_start.nll, at_start.answer), .05) + answer_mean(r.nll, r.answer) + mean_entropy(f, "all") - .25 * mean_entropy(r, "all")
+    found = []
+    for loss in (theirs(), ours()): found.append((float(loss.detach()), torch.autograd.grad(loss, list(lm.parameters()))))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    for a, b in zip(found[1][1], found[0][1]): assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()) + 1e-7)
