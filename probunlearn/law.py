@@ -49,7 +49,7 @@ def stream_numbers(
     return _shift(splitmix64(stream, t), 12)
 
 # %% ../nbs/09a_law.ipynb #7165fb23
-_FINE, _RANGE = 5, 32       # 2^5 bins for each factor of 2, down to 2^-32: everything below is one bin
+_FINE, _RANGE = 6, 32       # 2^6 bins for each factor of 2, down to 2^-32: everything below is one bin
 
 def _bins(p):
     "The bin (R, V) of each probability: its exponent and first bits."
@@ -57,21 +57,20 @@ def _bins(p):
     return (p.view(bits) >> mantissa - _FINE).sub_(exponent - _RANGE << _FINE).clamp_(min=0).long()
 
 def _nucleus(p, top_p):
-    "Probabilities (R, V) with everything outside the nucleus set to 0."
+    "The least probability (R, 1) in the nucleus of each row of p (R, V), and the nucleus' mass (R, 1)."
     bins = _bins(p)                                                                         # (R, V)
     mass = p.new_zeros(len(p), (_RANGE << _FINE) + 1).scatter_add_(-1, bins, p)             # (R, bins)
     above = mass.flip(-1).cumsum(-1).flip(-1) - mass                                        # mass of likelier bins
-    cut = (above >= top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)              # (R, 1) the bin where the mass passes top_p
+    cut = (above >= top_p).sum(-1, keepdim=True).clamp_(max=mass.shape[-1] - 1)             # (R, 1) the bin where the mass passes top_p
     row, column = (bins == cut).nonzero(as_tuple=True)                                      # (E,) the tokens in it
-    p_in = p[row, column]
-    order = p_in.argsort(descending=True)
-    order = order[row[order].argsort(stable=True)]                                          # by row, likeliest first
-    row, p_in = row[order], p_in[order]
-    place = torch.arange(len(row), device=p.device) - torch.searchsorted(row, row)          # rank within the row's bin
-    ranked = p.new_zeros(len(p), int(place.max()) + 1 if len(place) else 1).index_put_((row, place), p_in)
-    before = above.gather(-1, cut) + ranked.cumsum(-1) - ranked                             # (R, K) mass of likelier tokens
-    last = ranked.masked_fill((before >= top_p) | (ranked == 0), 2).amin(-1, keepdim=True)  # (R, 1) the least probability kept
-    return p.where(p >= last.where(last < 2, 0), 0)                                         # rounding can keep a sum below top_p = 0.9999…: all stay
+    place = torch.arange(len(row), device=p.device) - torch.searchsorted(row, row)          # (E,) the how manieth of its row
+    few = p.new_zeros(len(p), 1 + int(place.max()) if len(place) else 1)
+    few[row, place] = p[row, column]
+    few = few.sort(descending=True).values                                                  # (R, K)
+    before = above.gather(-1, cut) + few.cumsum(-1) - few                                   # (R, K) mass of likelier tokens
+    last = ((before < top_p) & (few > 0)).sum(-1, keepdim=True) - 1                         # (R, 1) -1 when rounding keeps all sums below top_p
+    least = few.gather(-1, last.clamp(min=0)).where(last >= 0, 0)
+    return least, above.gather(-1, cut) + (few * (few >= least)).sum(-1, keepdim=True)
 
 # %% ../nbs/09a_law.ipynb #f3206737
 def _only(z, best):
@@ -94,8 +93,9 @@ def token_law(
     if 0 < top_k < z.shape[-1]: z = z.masked_fill(z < z.topk(top_k).values[:, -1:], -math.inf)
     p = z.softmax(-1)
     if not (p[:, 0] >= 0).all(): raise ValueError("the model's logits are NaN or infinite: is it loaded in a number format that overflows?")
-    if top_p < 1: p = _nucleus(p, top_p)
-    parts = (p * (ONE / p.sum(-1, keepdim=True) if top_p < 1 else ONE)).long()          # rounded down
+    least, mass = _nucleus(p, top_p) if top_p < 1 else (None, 1)
+    parts = (p * (ONE / mass)).long()                                       # rounded down
+    if top_p < 1: parts.masked_fill_(p < least, 0)
     return parts.scatter_add_(-1, best, ONE - parts.sum(-1, keepdim=True))
 
 # %% ../nbs/09a_law.ipynb #3d4ca08b

@@ -33,9 +33,13 @@ def _slots(parent):
     return slot
 
 # %% ../nbs/10_sampling.ipynb #f0e9160d
+def _alike(key):
+    "The distinct keys in ascending order, and which of them each key is."
+    return torch.unique(key, return_inverse=True)
+
 def _branch(row, token, state, limit, vocabulary):
     "The pieces of the next generation, each (origin, token, state of its rows; its draws, the row of each): one piece when all fit into `limit` rows."
-    child, of = torch.unique(row * vocabulary + token, return_inverse=True)
+    child, of = _alike(row * vocabulary + token)
     parent, token = child // vocabulary, child % vocabulary                         # (R',)
     slot = _slots(parent) if len(child) <= limit else torch.arange(len(child), device=row.device)
     by_slot, row = slot.argsort(), slot[of]

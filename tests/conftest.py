@@ -10,7 +10,8 @@ from probunlearn.data import QA, Template
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, initializer_range=.4)
 KINDS = {"llama": dict(num_key_value_heads=2), "gpt_neox": {}, "phi": {}, "qwen2": dict(num_key_value_heads=2),
          "gpt2": dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=.4), "mistral": dict(num_key_value_heads=2, sliding_window=5),
-         "gemma": dict(num_key_value_heads=1, head_dim=8), "gemma2": dict(num_key_value_heads=2, head_dim=8, sliding_window=5, query_pre_attn_scalar=8)}
+         "gemma": dict(num_key_value_heads=1, head_dim=8), "phi3": dict(num_key_value_heads=2), "qwen3": dict(num_key_value_heads=2, head_dim=16), "olmo2": dict(num_key_value_heads=2),
+         "smollm3": dict(num_key_value_heads=2), "granite": dict(attention_multiplier=.3, logits_scaling=2.), "gemma2": dict(num_key_value_heads=2, head_dim=8, sliding_window=5, query_pre_attn_scalar=8)}
 BARE = Template(prompt="{question}", answer="{answer}")     # for tokenizers that know no words
 
 

@@ -5,14 +5,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chisquare
+from scipy.stats import chisquare, kstest
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from conftest import BARE, KINDS, LetterTok, constant_lm, letters, random_lm
+from probunlearn import sampling
 from probunlearn.data import QA, encode_prompt, fictional_authors
 from probunlearn.draws import Decoding
 from probunlearn.law import draw_streams, splitmix64, token_law
+from probunlearn.prefix import CopiedRows
 from probunlearn.sampling import greedy, sample
+from probunlearn.temperature import AdaptiveTemperature
 
 SETTINGS = {"plain": Decoding(), "temperature": Decoding(temperature=.6), "top-k": Decoding(top_k=3), "top-p": Decoding(top_p=.8),
             "all three": Decoding(temperature=1.4, top_k=4, top_p=.9)}
@@ -249,6 +252,108 @@ def test_impossible_tokens_are_never_drawn():
     d = sample(constant_lm([.5, 0, .3, .2]), LetterTok(4), [QA("q", "a", "x")], 2000, Decoding(max_new_tokens=4), template=BARE, merge=8)[0]
     assert not any(1 in s for s in d.tokens)
     assert np.allclose(np.exp(d.logprobs), [np.prod([(.5, 0, .3, .2)[t] for t in s]) for s in d.tokens])
+
+
+# --- the same draws by every way -----------------------------------------------------------------------------------------------------------
+
+def sort_all(key):
+    "In place of `_alike`: no two draws share a row."
+    order = key.argsort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(key))
+    return key[order], place
+
+
+WAYS = {"flat": ("_alike", sort_all), "copied": ("grow_rows", lambda lm, read, question, length, slots: CopiedRows(lm, read, question)), "single blocks": None, "three rows at a time": None}
+
+
+def by(way, monkeypatch, lm, tok, qas, decoding, rule):
+    "Draws of 80 per question, made in another way."
+    with monkeypatch.context() as patch:
+        if WAYS[way]: patch.setattr(sampling, *WAYS[way])
+        return sample(lm, tok, qas, 80, decoding, 3, BARE, rule, merge=1 if way == "single blocks" else 6, memory=1e-3 if way == "three rows at a time" else None)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "phi", "qwen3", "mistral"])
+def test_tree_flat_and_expanded_give_the_same_draws(kind, monkeypatch):
+    "Float64, three questions, early ends: every single draw, however rows are shared, copied, cut or merged."
+    lm, tok, qas = random_lm(kind, 14, seed=4, initializer_range=.15), LetterTok(14), letters(3)
+    for decoding, rule in [(Decoding(max_new_tokens=6), None), (Decoding(top_p=.9, max_new_tokens=6), None), (Decoding(top_k=4, temperature=.8, max_new_tokens=6), None),
+                           (Decoding(top_p=.9, max_new_tokens=6), AdaptiveTemperature(.35))]:
+        tree = sample(lm, tok, qas, 80, decoding, 3, BARE, rule, merge=6)
+        assert any(5 < len(d.answers) < 80 for d in tree) and any(d.finished.any() for d in tree)        # the test saw sharing and ends
+        for way in WAYS:
+            for a, b in zip(tree, by(way, monkeypatch, lm, tok, qas, decoding, rule)):
+                assert sequences(a) == sequences(b), way
+                np.testing.assert_allclose(a.logprobs[a.index], b.logprobs[b.index], atol=1e-11)
+
+
+def test_joint_law_of_two_tokens_equals_transformers():
+    "Chi-square for 12 seeds; the p-values are spread over (0, 1). With fresh seeds a right sampler fails 1 of 100 times, with these never."
+    lm, tok, qa, decoding = random_lm("llama", 40, seed=6, initializer_range=.1), LetterTok(40), QA("q", "abc", "x"), Decoding(top_p=.9, temperature=.9, max_new_tokens=2)
+    exact, n, p_values = Oracle(lm).enumerate(encode_prompt(tok, qa.question, BARE), decoding, 2, tok.eos_token_id), 8192, []
+    pairs = [a for a, p in exact.items() if n * p >= 5]
+    for seed in range(12):
+        d = sample(lm, tok, [qa], n, decoding, seed, BARE, merge=32)[0]
+        counts = dict(zip(map(tuple, d.tokens), d.counts))
+        assert set(counts) <= set(exact)
+        seen, expected = [counts.get(a, 0) for a in pairs], [n * exact[a] for a in pairs]
+        p_values.append(chisquare([*seen, n - sum(seen)], [*expected, n - sum(expected)]).pvalue)
+    assert len(pairs) > 50 and kstest(p_values, "uniform").pvalue >= .01
+
+
+def count_rows(lm, rows):
+    "Append the number of rows of every forward pass to a list."
+    return lm.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+
+
+def test_memory_limits_the_rows_and_equal_draws_share_them():
+    lm, tok, qas, rows = random_lm("llama", 30, seed=2, initializer_range=.05), LetterTok(30), letters(1), []
+    count_rows(lm, rows)
+    per_row = 2 * 2 * 2 * 8 * 8 * 6                                                         # layers, keys and values, heads, size, bytes, tokens
+    sample(lm, tok, qas, 256, Decoding(max_new_tokens=6), template=BARE, memory=20.5 * per_row / 2**20)
+    assert max(rows) == 20 and sum(rows) > 256
+    rows.clear()
+    sample(constant_lm([0, 1., 0]), LetterTok(3), qas, 256, Decoding(max_new_tokens=6), template=BARE)
+    sharp, rows = constant_lm([0, 1., 0]), []
+    count_rows(sharp, rows)
+    sample(sharp, LetterTok(3), qas, 256, Decoding(max_new_tokens=6), template=BARE)
+    assert rows == [1] * 6                                                                  # the question, and five tokens that all draws share
+
+
+def test_running_out_of_memory_halves_the_rows_and_loses_nothing(monkeypatch):
+    lm, tok, qas, decoding = random_lm("llama", 30, seed=2, initializer_range=.05), LetterTok(30), letters(3), Decoding(max_new_tokens=5)
+    expected, forward, tried = sample(lm, tok, qas, 128, decoding, template=BARE), lm.forward, []
+    def short_of_memory(*args, **kwargs):
+        tried.append(len(kwargs["input_ids"]))
+        if tried[-1] > 9: raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*args, **kwargs)
+    monkeypatch.setattr(lm, "forward", short_of_memory)
+    for a, b in zip(expected, sample(lm, tok, qas, 128, decoding, template=BARE)): assert sequences(a) == sequences(b)
+    failed = [i for i, rows in enumerate(tried) if rows > 9]
+    assert failed and max(failed) < len(tried) / 2                                          # it learns: later questions start with what was enough
+    monkeypatch.setattr(lm, "forward", lambda **kwargs: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(torch.OutOfMemoryError): sample(lm, tok, qas, 128, decoding, template=BARE)
+
+
+def test_later_draws_alone_equal_those_of_the_whole_run(retain):
+    "From a multiple of 256 on, the same tokens."
+    lm, tok = retain
+    whole, late = (sample(lm, tok, fictional_authors("forget01")[:2], 600, Decoding(max_new_tokens=12), start=start) for start in (0, 256))
+    for a, b in zip(whole, late):
+        assert b.n == 344 and sequences(a)[256:] == sequences(b)
+        np.testing.assert_allclose(a.logprobs[a.index][256:], b.logprobs[b.index], rtol=1e-4)      # an answer's probability is that of its first block
+    for start in (100, 600, -256, .5):
+        with pytest.raises(ValueError, match="multiple of 256"): sample(lm, tok, fictional_authors("forget01"), 600, start=start)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_number_formats_draw_from_their_own_law(dtype):
+    "Probabilities are those of the model in its own format: teacher-forced float64 logits differ, the frequencies fit what was recorded."
+    lm, tok, qa = random_lm("llama", 7, seed=3, dtype=dtype, initializer_range=.12), LetterTok(7), QA("q", "abc", "x")
+    d = sample(lm, tok, [qa], 8192, Decoding(max_new_tokens=2, top_p=.9), template=BARE, merge=32)[0]
+    p = np.exp(d.logprobs)
+    assert abs(p.sum() - 1) < 1e-9 and chisquare(d.counts, d.n * p / p.sum()).pvalue > 1e-4
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,67 @@
+"""Rows that share their question against transformers' own cache, on every family that is treated so."""
+import pytest
+import torch
+
+from conftest import LetterTok, random_lm
+from probunlearn import prefix
+from probunlearn.prefix import SHARING, CopiedRows, SharedRows, grow_rows, read_prompts, shares_prefix
+
+PROMPTS = [[3, 5, 7, 2], [1, 2], [6, 6, 1, 3, 9, 4, 2]]
+
+
+def grown(rows, steps):
+    "Logits after each step of a fixed history: rows split, end, move."
+    out = []
+    for origin, token in steps:
+        rows.arrange(torch.tensor(origin))
+        out.append(rows.step(torch.tensor(token)))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("kind", SHARING)
+@torch.no_grad()
+def test_shared_rows_equal_copied_rows(kind):
+    "Three prompts of different lengths in float64; the reference is transformers' DynamicCache with its own attention."
+    lm, tok = random_lm(kind, 12, seed=2, **dict(sliding_window=40) if kind == "mistral" else {}), LetterTok(12)
+    question = torch.tensor([0, 1, 1, 2, 2])
+    steps = [(range(5), range(5)), ((0, 1, 2, 3, 4, 4, 1), range(7)), ((6, 1, 5), (9, 8, 7)), ((2, 0, 1, 1), (1, 2, 3, 4))]
+    assert shares_prefix(lm, 20)
+    shared = SharedRows(lm, read_prompts(lm, tok, PROMPTS), question, 4, 7)
+    copied = CopiedRows(lm, read_prompts(lm, tok, PROMPTS), question)
+    before = lm.config._attn_implementation
+    torch.testing.assert_close(grown(shared, steps), grown(copied, steps), rtol=1e-9, atol=1e-9)
+    assert lm.config._attn_implementation == before
+    one = SharedRows(lm, read_prompts(lm, tok, PROMPTS[:1]), torch.zeros(3, dtype=torch.long), 4, 7)            # a single question takes a shorter way
+    same = CopiedRows(lm, read_prompts(lm, tok, PROMPTS[:1]), torch.zeros(3, dtype=torch.long))
+    steps = [(range(3), (1, 2, 3)), ((0, 0, 2, 1), (4, 5, 6, 7)), ((3, 1), (8, 9))]
+    torch.testing.assert_close(grown(one, steps), grown(same, steps), rtol=1e-9, atol=1e-9)
+
+
+def test_models_that_need_more_than_a_softmax_keep_copies():
+    assert not shares_prefix(random_lm("gemma2"), 10)                                       # soft-capped scores
+    windowed = random_lm("mistral", sliding_window=12)
+    assert shares_prefix(windowed, 12) and not shares_prefix(windowed, 13)                  # the longest answer would leave the window
+    read = read_prompts(windowed, LetterTok(16), PROMPTS)
+    assert isinstance(grow_rows(windowed, read, torch.arange(3), 5, 4), SharedRows) and isinstance(grow_rows(windowed, read, torch.arange(3), 6, 4), CopiedRows)
+
+
+@torch.no_grad()
+def test_no_mask_is_built_for_shared_rows(monkeypatch):
+    "transformers builds no mask for an attention it has no mask function for: only a comment in its source says so."
+    lm, seen = random_lm("llama", 12), []
+    from transformers import AttentionInterface
+    def spy(module, query, key, value, attention_mask, **kwargs):
+        seen.append(attention_mask)
+        return prefix._shared_attention(module, query, key, value, attention_mask, **kwargs)
+    AttentionInterface.register("probunlearn_shared", spy)
+    try: SharedRows(lm, read_prompts(lm, LetterTok(12), PROMPTS), torch.tensor([0, 1]), 2, 2).step(torch.tensor([1, 2]))
+    finally: AttentionInterface.register("probunlearn_shared", prefix._shared_attention)
+    assert seen == [None, None]
+
+
+@torch.no_grad()
+def test_a_failing_step_leaves_the_models_attention_as_it_was():
+    lm = random_lm("llama", 12)
+    rows = SharedRows(lm, read_prompts(lm, LetterTok(12), PROMPTS), torch.tensor([0, 1]), 2, 2)
+    with pytest.raises(IndexError): rows.step(torch.tensor([1, 99]))
+    assert lm.config._attn_implementation == "sdpa"
