@@ -100,6 +100,11 @@ class _LinearStats(torch.autograd.Function):
             if to[1] is not None: to[1].addmm_(delta.T, hidden[rows])                   # (V, d)
         return *to, None, None, None, None
 
+def _liger(hidden, weight, bias, target, scale, softcap):    # as `_LinearStats`, entropy in the precision of `hidden`
+    if bias is not None or softcap is not None: raise ValueError("Liger's kernel knows neither bias nor soft-cap: use backend='own'")
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as Liger
+    return Liger.apply(hidden, weight, target, 1 / scale, -100, 1, True)
+
 def linear_stats(
     hidden,             # (N, d) what the head sees
     weight,             # (V, d) of the head
@@ -108,11 +113,14 @@ def linear_stats(
     scale: float = 1.0, # factor on the logits
     softcap=None,       # c: logits are bent into (-c, c)
     chunk=None,         # rows at a time; default: as many as make 2²⁴ logits
-):                      # (NLL (N,), 0 where the target is -100; entropy (N,)), nats
+    backend="own",      # "own", or "liger": the kernels of the package liger-kernel
+):                      # (NLL (N,), 0 where the target is -100; entropy (N,)), nats; ValueError where the backend can't do it
     "NLL and entropy of each row, with never more than a chunk of logits alive; gradients reach `hidden`, `weight` and `bias`."
+    if backend not in ("own", "liger"): raise ValueError(f"backend must be 'own' or 'liger', got {backend!r}")
     hidden, weight, bias = (v if v is None else v.to(_precision(hidden)) for v in (hidden, weight, bias))
+    chunk, some = chunk or max(1, 2**24 // len(weight)), target.clamp(min=0)
     with torch.autocast(hidden.device.type, enabled=False):
-        nll, h = _LinearStats.apply(hidden, weight, bias, target.clamp(min=0), scale, softcap, chunk or max(1, 2**24 // len(weight)))
+        nll, h = _liger(hidden, weight, bias, some, scale, softcap) if backend == "liger" else _LinearStats.apply(hidden, weight, bias, some, scale, softcap, chunk)
     return nll.where(target >= 0, 0), h
 
 # %% ../nbs/13a_head.ipynb #f2a719ad
@@ -121,7 +129,9 @@ def _logit_form(config):    # (scale, soft-cap or None), as the family's own con
     scale = factor("logit_scale") * factor("lm_head_multiplier") / factor("logits_scaling")     # Cohere; Falcon-H1; Granite
     return scale, getattr(config, "final_logit_softcapping", None)                              # Gemma 2, 3
 
-def _is_linear(head): return type(head) is torch.nn.Linear and not head.weight.is_meta and type(head.weight.data) is torch.Tensor and head.weight.shape == (head.out_features, head.in_features)
+def _is_linear(head):       # all of it at hand: not adapted, quantised, spread over devices or waiting on a disk
+    if type(head) is not torch.nn.Linear or type(head.weight.data) is not torch.Tensor: return False
+    return not head.weight.is_meta and head.weight.shape == (head.out_features, head.in_features)
 
 def _at_head(lm, batch, rows, work, **options):
     "The output of `lm` when its head sees only `work(head, states (N, d) at `rows`)`."
@@ -130,14 +140,14 @@ def _at_head(lm, batch, rows, work, **options):
     try: return lm(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **options)
     finally: hook.remove()
 
-def _fused(lm, batch, rows, target, **options):
+def _fused(lm, batch, rows, target, backend, **options):
     "(output, NLL, entropy) at `rows`, or None where the head can't be taken apart."
     inner = getattr(lm, "module", lm)
     if not _is_linear(inner.get_output_embeddings()): return None
     (scale, softcap), seen = _logit_form(inner.config.get_text_config()), []
     def work(head, hidden):
         with torch.no_grad(): row = _logits(hidden[:1], head.weight, head.bias, scale, softcap)[0].to(_precision(hidden))     # (1, V)
-        seen.extend([row, *linear_stats(hidden, head.weight, target[rows], head.bias, scale, softcap)])
+        seen.extend([row, *linear_stats(hidden, head.weight, target[rows], head.bias, scale, softcap, backend=backend)])
         return hidden[:1]
     out = _at_head(lm, batch, rows, work, **options)
     shown, near = out.logits[0], max(1e-4, 8 * torch.finfo(seen[0].dtype).eps)           # (1, V), the model's own
@@ -150,13 +160,14 @@ def answer_stats(
     positions: str = "answer",  # where the entropy is taken: "answer", or "all" (prompt and padding, too)
     logits: bool = False,       # also keep the logits of the answer's rows
     layer=None,                 # also keep the hidden states after so many layers
-):                              # `TokenStats`; ValueError on other positions
+    backend: str = "own",       # of the fused head: "own" or "liger"
+):                              # `TokenStats`; ValueError on other positions or backends
     "One forward pass over a batch; only rows that matter reach the head."
     if positions not in ("answer", "all"): raise ValueError(f"positions must be 'answer' or 'all', got {positions!r}")
     target = next_tokens(batch["labels"])
     answer, options = target != -100, {} if layer is None else dict(output_hidden_states=True)
     rows, table = answer if positions == "answer" else torch.ones_like(answer), None
-    found = None if logits else _fused(lm, batch, rows, target, **options)
+    found = None if logits else _fused(lm, batch, rows, target, backend, **options)
     if found is None:
         out = _at_head(lm, batch, rows, lambda head, hidden: hidden, **options)
         table = _as_float(out.logits[0])                                                # (N, V)

@@ -1,6 +1,10 @@
 """The fused head against the plain formulas in float64, and through real architectures against their own logits."""
+import importlib.util
 import os
+import sys
+import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +120,40 @@ def test_never_more_than_a_chunk_of_logits():
         return seen.numel
     assert largest(lambda: linear_stats(hidden, weight, target, bias, chunk=20)) == 20 * 2000
     assert largest(lambda: plain(hidden, weight, target, bias)) == 500 * 2000
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    "Liger's function from its own file, whose CPU fallback needs no triton, under the name that it has in the package."
+    found = importlib.util.find_spec("liger_kernel")
+    if found is None: pytest.skip("liger-kernel is not installed: pip install --no-deps liger-kernel")
+    name = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
+    spec = importlib.util.spec_from_file_location(name, Path(found.origin).parent/"ops"/"fused_linear_scaled_cross_entropy.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops", types.ModuleType("liger_kernel.ops"))
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("scale", [1., .25])
+def test_ligers_fallback_agrees(liger, scale):
+    "A peer as oracle, masked rows and their entropy included."
+    hidden, weight, _, target = rows(masked=9, dtype=torch.float32)
+    variables, weights = (hidden.requires_grad_(), weight.requires_grad_()), torch.randn(2, 50, generator=torch.Generator().manual_seed(3))
+    ours, theirs = (linear_stats(hidden, weight, target, scale=scale, backend=backend) for backend in ("own", "liger"))
+    for a, b in zip((*ours, *slopes(ours, variables, weights)), (*theirs, *slopes(theirs, variables, weights))): assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_liger_through_a_model(liger):
+    lm, batch = lm_of("llama", torch.float32), batch_of()
+    for positions in ("answer", "all"):
+        ours, theirs = (answer_stats(lm, batch, positions, backend=backend) for backend in ("own", "liger"))
+        assert torch.allclose(ours.nll, theirs.nll, atol=1e-5) and torch.allclose(ours.entropy, theirs.entropy, atol=1e-5)
+    for kind in ("phi", "gemma2"):
+        with pytest.raises(ValueError, match="neither bias nor soft-cap"): answer_stats(lm_of(kind), batch, backend="liger")
+
+
+def test_backends_by_name():
+    with pytest.raises(ValueError, match="'own' or 'liger', got 'triton'"): answer_stats(lm_of("llama"), batch_of(), backend="triton")
 
 
 # through models
