@@ -84,7 +84,7 @@ def run_head(name, dtype):
 
 # one step of NPO with entropy: forward passes, backward, AdamW
 
-def tofu(): # a forget and a retain batch of encoded TOFU records, and how many words their tokenizer knows
+def tofu(): # a forget and a retain batch of encoded TOFU records
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
     from probunlearn.data import encode, load_qa

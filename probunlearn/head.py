@@ -94,8 +94,9 @@ class _LinearStats(torch.autograd.Function):
             delta = logp.clamp_(min=-1e4).add_(h[rows, None]).mul_(-e[rows, None]).add_(g[rows, None]).mul_(p)      # (C, V)
             delta.scatter_add_(1, target[rows, None], -g[rows, None])
             if slope is not None: delta.mul_(slope)
-            if to[2] is not None: to[2].add_(scale * delta.sum(0))
-            delta = delta.mul_(scale).to(hidden.dtype)
+            if scale != 1: delta.mul_(scale)
+            if to[2] is not None: to[2].add_(delta.sum(0))
+            delta = delta.to(hidden.dtype)
             if to[0] is not None: to[0][rows] = delta @ weight                          # (C, d)
             if to[1] is not None: to[1].addmm_(delta.T, hidden[rows])                   # (V, d)
         return *to, None, None, None, None

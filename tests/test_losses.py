@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 from conftest import random_lm
 from probunlearn.losses import (TokenStats, answer_mean, answer_stats, answer_sum, ce_u, control_vector, dpo, entropy, grad_ascent, grad_diff, idk, kl_retain, mean_entropy, npo, rmu,
                                 satimp, simnpo, token_stats, undial, wga)
+from probunlearn.models import add_lora
 
 # two sequences of three tokens over a vocabulary of four; position t is about token t + 1, so position 2 is about nothing
 LOGITS = [[[.5, -1., 2., 0.], [1., 1., -3., .25], [0., 0., 0., 7.]], [[-2., .3, .3, 1.5], [4., -4., .1, 0.], [1., 2., 3., 4.]]]
@@ -372,3 +373,20 @@ def test_one_step_of_the_reference_by_its_formulas():
     for loss in (theirs(), ours()): found.append((float(loss.detach()), torch.autograd.grad(loss, list(lm.parameters()))))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     for a, b in zip(found[1][1], found[0][1]): assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()) + 1e-7)
+
+
+def test_a_model_without_its_adapters_is_its_own_teacher():
+    "The same rows as from a frozen copy; the loss starts at 0 and grows with the adapters."
+    lm, rng = random_lm("llama", 30), torch.Generator().manual_seed(0)
+    ids = torch.randint(30, (3, 9), generator=rng)
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids.where(torch.arange(9) > 3, -100))
+    with torch.no_grad(): frozen = answer_stats(lm, batch, logits=True, layer=2)
+    adapted = add_lora(lm, rank=2).eval()
+    def teacher():
+        with torch.no_grad(), adapted.disable_adapter(): return answer_stats(adapted, batch, logits=True, layer=2)
+    near(kl_retain(answer_stats(adapted, batch, logits=True), teacher().logits), 0)
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name: p.data = .3 * torch.randn(p.shape, dtype=p.dtype, generator=rng)
+    assert torch.equal(teacher().logits, frozen.logits) and torch.equal(teacher().hidden, frozen.hidden)
+    moved = answer_stats(adapted, batch, logits=True, layer=2)
+    assert kl_retain(moved, teacher().logits) > .01 and rmu(moved, teacher().hidden) > 1e-4
