@@ -56,7 +56,7 @@ def token_stats(
     return TokenStats(nll.view_as(target), h.view_as(target), answer, "all", target[answer], logits[answer])
 
 # %% ../nbs/13a_head.ipynb #7a446fe5
-def _logits(hidden, weight, bias, scale, softcap):  # (C, d), (V, d), (V,) or None → (C, V) and the slope of the soft-cap, (C, V) or None
+def _logits(hidden, weight, bias, scale, softcap):  # (C, d), (V, d), (V,) or None → (C, V), and how the soft-cap bends them, (C, V) or None
     z = _as_float(F.linear(hidden, weight, bias))                                       # (C, V)
     if scale != 1: z = z * scale
     if softcap is None: return z, None
@@ -67,17 +67,28 @@ def _precision(hidden):     # the number format that a linear layer computes in 
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
+def _chunk_stats(hidden, target, head):     # (C, d), (C,), what the head is made of → NLL (C,), entropy (C,)
+    logp = _logits(hidden, *head)[0].log_softmax(-1)                                    # (C, V)
+    nll = -logp.gather(1, target[:, None])[:, 0]
+    logp.clamp_(min=-1e4)                                                               # p is 0 there; 0 · -∞ would not be
+    return nll, -torch.linalg.vecdot(logp.exp(), logp)
+
+def _chunk_slope(hidden, target, head, h, g, e):    # δ (C, V), in the precision of `hidden`
+    (z, bend), scale = _logits(hidden, *head), head[2]
+    logp = z.log_softmax(-1)
+    p = torch.exp(logp, out=z)
+    delta = logp.clamp_(min=-1e4).add_(h[:, None]).mul_(-e[:, None]).add_(g[:, None]).mul_(p)
+    delta.scatter_add_(1, target[:, None], -g[:, None])
+    if bend is not None: delta.mul_(bend)
+    if scale != 1: delta.mul_(scale)
+    return delta.to(hidden.dtype)
+
 class _LinearStats(torch.autograd.Function):
     "Keeps NLL and entropy of each row; backward makes the logits again, a chunk at a time."
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, softcap, chunk):
-        nll = torch.empty(len(hidden), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        h = torch.empty_like(nll)
-        for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
-            logp = _logits(hidden[rows], weight, bias, scale, softcap)[0].log_softmax(-1)           # (C, V)
-            nll[rows] = -logp.gather(1, target[rows, None])[:, 0]
-            logp.clamp_(min=-1e4)                                                       # p is 0 there; 0 · -∞ would not be
-            h[rows] = -torch.linalg.vecdot(logp.exp(), logp)
+        stats = [_chunk_stats(x, y, (weight, bias, scale, softcap)) for x, y in zip(hidden.split(chunk), target.split(chunk))]
+        nll, h = map(torch.cat, zip(*stats))
         ctx.save_for_backward(hidden, weight, bias, target, h)
         ctx.form = scale, softcap, chunk
         return nll, h
@@ -85,20 +96,14 @@ class _LinearStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g, e):
-        (hidden, weight, bias, target, h), (scale, softcap, chunk) = ctx.saved_tensors, ctx.form
+        (hidden, weight, bias, *rows), (*form, chunk) = ctx.saved_tensors, ctx.form
         to = [torch.zeros_like(v) if needed else None for v, needed in zip((hidden, weight, bias), ctx.needs_input_grad)]
-        for rows in torch.arange(len(hidden), device=hidden.device).split(chunk):
-            z, slope = _logits(hidden[rows], weight, bias, scale, softcap)
-            logp = z.log_softmax(-1)
-            p = torch.exp(logp, out=z)
-            delta = logp.clamp_(min=-1e4).add_(h[rows, None]).mul_(-e[rows, None]).add_(g[rows, None]).mul_(p)      # (C, V)
-            delta.scatter_add_(1, target[rows, None], -g[rows, None])
-            if slope is not None: delta.mul_(slope)
-            if scale != 1: delta.mul_(scale)
+        for i, (x, y, *rest) in enumerate(zip(*(v.split(chunk) for v in (hidden, *rows, g, e)))):
+            delta = _chunk_slope(x, y, (weight, bias, *form), *rest)                    # (C, V)
+            if to[0] is not None: torch.mm(delta, weight, out=to[0][i * chunk:(i + 1) * chunk])         # (C, d)
+            if to[1] is not None: to[1].addmm_(delta.T, x)                              # (V, d)
             if to[2] is not None: to[2].add_(delta.sum(0))
-            delta = delta.to(hidden.dtype)
-            if to[0] is not None: to[0][rows] = delta @ weight                          # (C, d)
-            if to[1] is not None: to[1].addmm_(delta.T, hidden[rows])                   # (V, d)
+            del delta                                                                   # before the next chunk is made
         return *to, None, None, None, None
 
 def _liger(hidden, weight, bias, target, scale, softcap):    # as `_LinearStats`, entropy in the precision of `hidden`
