@@ -143,7 +143,7 @@ def _at_head(lm, batch, rows, work, **options):
     "The output of `lm` when its head sees only `work(head, states (N, d) at `rows`)`."
     head = getattr(lm, "module", lm).get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda head, args: (work(head, args[0][rows])[None],))
-    try: return lm(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **options)
+    try: return lm(input_ids=batch["input_ids"], use_cache=False, **{k: batch[k] for k in ("attention_mask", "position_ids") if k in batch}, **options)
     finally: hook.remove()
 
 def _fused(lm, batch, rows, target, backend, **options):
@@ -162,7 +162,7 @@ def _fused(lm, batch, rows, target, backend, **options):
 
 def answer_stats(
     lm,                         # causal LM, bare or wrapped (adapters, several processes)
-    batch,                      # dict of input_ids, attention_mask, labels, each (B, T)
+    batch,                      # dict of input_ids, attention_mask, labels, each (B, T); packed records have position_ids instead of the mask
     positions: str = "answer",  # where the entropy is taken: "answer", or "all" (prompt and padding, too)
     logits: bool = False,       # also keep the logits of the answer's rows
     layer=None,                 # also keep the hidden states after so many layers

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from conftest import LetterTok, random_lm
 from probunlearn.data import encode, encode_prompt, fictional_authors
 from probunlearn.draws import Decoding
-from probunlearn.loop import pad_batch
+from probunlearn.batches import pad_batch
 from probunlearn.losses import answer_mean, answer_stats
 from probunlearn.models import add_lora, best_device, end_ids, lm_fingerprint, load_lm, save_lm, small_lm
 from probunlearn.sampling import greedy, sample
@@ -143,7 +143,7 @@ def test_lora_trains_little_and_starts_as_the_model():
     trained = {n for n, p in adapted.named_parameters() if p.requires_grad}
     assert trained and all("lora" in n for n in trained) and torch.equal(logits(adapted, tok), before)
     assert end_ids(adapted, tok) == end_ids(lm, tok)
-    with pytest.raises(ValueError, match="nowhere"): add_lora(small_lm("full", device="cpu")[0], targets=["nowhere"])
+    with pytest.raises(ValueError, match="no linear layers called nowhere; it has down_proj"): add_lora(small_lm("full", device="cpu")[0], targets=["nowhere"])
 
 
 def shaken_lora():
