@@ -21,7 +21,7 @@ def train(kind, sharded=False, **more):
     "(history, lm, tok) of a short run; the same on one process and on two."
     lm, tok = small_lm("full", device="cpu")
     if sharded: shard(lm)
-    how = dict(steps=3, batch_size=4, lr=3e-4, schedule="constant", warmup=0) | CONFIGS[kind] | more
+    how = dict(steps=2, batch_size=4, lr=3e-4, schedule="constant", warmup=0) | CONFIGS[kind] | more
     return unlearn(lm, tok, fictional_authors("forget10")[:6], fictional_authors("retain90")[:20], UnlearnConfig(**how)), lm, tok
 
 
