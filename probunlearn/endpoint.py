@@ -71,7 +71,7 @@ def _seed(seed, id, at):
     "The seed (31 bits) of the request for draws `at` of one question."
     return int.from_bytes(hashlib.blake2b(f"{seed}/{id}/{at[0]}+{len(at)}".encode(), digest_size=4).digest(), "big") >> 1
 
-def _fields(endpoint, question, template):
+def _fields(question, template):
     "Path and the fields of a request that say what is asked."
     if not template.chat: return "completions", dict(prompt=template.prompt.format(question=question))
     return "chat/completions", dict(messages=[dict(role="system", content=template.system)] * bool(template.system) + [dict(role="user", content=question)])
@@ -200,7 +200,7 @@ class _Row:
     "The draws of one question while they come in; ValueError when the folder holds other draws for it."
     def __init__(self, endpoint, qa, n, decoding, seed, template, folder):
         self.qa, self.lost, self.saved = qa, None, True
-        self.path, self.asked = _fields(endpoint, qa.question, template)
+        self.path, self.asked = _fields(qa.question, template)
         run = fingerprint([endpoint.source, endpoint.extra, self.path, self.asked, str(decoding), seed])
         self.how = dict(decoding=decoding, seed=seed, source=endpoint.source, run=run)
         self.file = folder and Path(folder)/f"draws-{quote(qa.id, safe='') if len(quote(qa.id, safe='')) <= 150 else fingerprint(qa.id)}.parquet"

@@ -7,6 +7,7 @@ __all__ = ['MEASURES', 'AdaptiveTemperature', 'Sweep', 'sweep', 'sweep_plot']
 
 # %% ../nbs/11_temperature.ipynb #16bac481
 from dataclasses import dataclass, replace
+from html import escape
 import math
 import torch
 from tqdm import tqdm
@@ -110,7 +111,7 @@ class Sweep:
         return (f"{len(self.frame)} setting{'s' * (len(self.frame) > 1)}: the bounds on the average leak probability hold together with {confidence(self.alpha)}{share}; "
                 f"leak: {self.what_leaks}, {self.n:,} draws per question.")
 
-    def _repr_html_(self): return f"<p>{self}</p>{self.frame.to_html(index=False, float_format=lambda v: f'{v:.3g}', na_rep='–')}"
+    def _repr_html_(self): return f"<p>{escape(str(self))}</p>{self.frame.to_html(index=False, float_format=lambda v: f'{v:.3g}', na_rep='–')}"
 
     def plot(self, cost="retain_entropy", ax=None): return sweep_plot(self.frame, cost, ax)
 

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 import urllib.request
-import warnings
 from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -166,7 +165,7 @@ sample_endpoint(Endpoint(sys.argv[1], "small", per_request=1, workers=1), fictio
 @real
 def test_a_client_killed_in_a_run_goes_on_where_it_was(served, tmp_path):
     client = subprocess.Popen([sys.executable, "-c", CLIENT, served.endpoint().url, str(tmp_path)])
-    while not list(tmp_path.glob("*.parquet")): time.sleep(.02)
+    while not list(tmp_path.glob("*.parquet")) and client.poll() is None: time.sleep(.02)
     client.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
     client.wait()
     kept = load_draws(next(tmp_path.glob("*.parquet"))).texts
@@ -174,7 +173,8 @@ def test_a_client_killed_in_a_run_goes_on_where_it_was(served, tmp_path):
     assert 0 < count < 2000
     before = served.asked()
     again = quiet(served.endpoint(), QAS[:1], count + 5, SHORT, out=tmp_path)[0].texts
-    assert again[:count] == kept[:count] and None not in again and served.asked() - before == 5
+    assert again[:count] == kept[:count] and None not in again
+    assert served.asked() - before in (5, 6)                                    # the killed client's last request may still have been under way
 
 
 # --- a scripted server: what the real one never does ------------------------------------------------------------------------------------------
@@ -260,8 +260,9 @@ def test_a_busy_server_is_asked_again(script, header):
 
 def test_the_rate_limit_holds(script):
     server = script(lambda body, *_: (200, varied(body)))
+    start = time.monotonic()
     quiet(server.endpoint(per_minute=1200, per_request=1), ONE, 8, Decoding())
-    assert np.diff(server.times).sum() >= 7 * .05 - .02                       # eight requests, 50 ms apart; waiting never ends early
+    assert time.monotonic() - start >= 7 * .05 and len(server.bodies) == 8      # eight requests, 50 ms apart; waiting never ends early
 
 
 def test_one_broken_question_does_not_stop_the_others(script):
