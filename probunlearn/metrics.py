@@ -13,6 +13,7 @@ import numpy as np
 from .bands import FLOORS, cdf_floor, mean_ceiling
 from .bounds import Bound, as_scores, binary_bound, check_alpha, check_choice, check_whole, ed_bound, leaked, mean_bound, std_bound, survival_bound
 from .questions import certified, pooled_mean, pooled_rate, population_mean, worst_question
+from .similarity import self_bleu, self_rouge
 
 # %% ../nbs/05_metrics.ipynb #f12d7cf2
 def m_bin(
@@ -157,15 +158,18 @@ def judged_bound(
 # %% ../nbs/05_metrics.ipynb #7b8f4811
 def diversity(
     texts, # answers to one question
+    pairs:bool=False, # also compare all answers with each other: "self_bleu" and "self_rouge", NaN for a single answer
 )->dict[str, float]:
     "Share of distinct answers, entropy of answers (bits), distinct 1- and 2-grams per n-gram (Li et al. 2016), mean words, share empty."
     if not len(texts): raise ValueError("diversity needs at least one answer, got none")
     words = [text.lower().split() for text in texts]
     share = np.array(list(Counter(texts).values())) / len(texts)
     grams = {n: [tuple(w[i:i + n]) for w in words for i in range(len(w) - n + 1)] for n in (1, 2)}
-    return dict(distinct_answers=len(share) / len(texts), answer_entropy=float(np.sum(share * -np.log2(share))),
-                distinct_1=len(set(grams[1])) / max(len(grams[1]), 1), distinct_2=len(set(grams[2])) / max(len(grams[2]), 1),
-                mean_words=float(np.mean([len(w) for w in words])), empty=float(np.mean([not w for w in words])))
+    found = dict(distinct_answers=len(share) / len(texts), answer_entropy=float(np.sum(share * -np.log2(share))),
+                 distinct_1=len(set(grams[1])) / max(len(grams[1]), 1), distinct_2=len(set(grams[2])) / max(len(grams[2]), 1),
+                 mean_words=float(np.mean([len(w) for w in words])), empty=float(np.mean([not w for w in words])))
+    if not pairs: return found
+    return found | {name: measure(texts) if len(texts) > 1 else np.nan for name, measure in (("self_bleu", self_bleu), ("self_rouge", self_rouge))}
 
 # %% ../nbs/05_metrics.ipynb #3d354182
 def dataset_claims(

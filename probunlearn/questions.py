@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['worst_question', 'certified', 'pooled_rate', 'stratified_betting', 'pooled_mean', 'population_mean',
-           'difference_bound']
+           'phrasings_bound', 'difference_bound']
 
 # %% ../nbs/04a_questions.ipynb #aba429a4
 from dataclasses import replace
 import numpy as np
 from scipy import special
-from .bounds import Bound, as_scores, binary_bound, check_alpha, check_choice, check_counts, jointly, mean_bound
+from .bounds import Bound, as_scores, binary_bound, check_alpha, check_choice, check_counts, check_fixed, jointly, mean_bound
 from .means import binomial_ceiling, first_refuted, kl, log_wealth
 
 # %% ../nbs/04a_questions.ipynb #e7504fb2
@@ -103,6 +103,40 @@ def population_mean(
     bound = replace(ends["upper"], value=np.array([float(ends["lower"]), float(ends["upper"])]), alpha=alpha, side=side) if side == "two-sided" else ends[side]
     where = f"questions with {table.shape[1]:,} draws each, over the population of which they are a random sample"
     return replace(bound, quantity="the average score", scope=where)
+
+# %% ../nbs/04a_questions.ipynb #15d35abb
+def phrasings_bound(
+    x, # (J, n) of one question or (Q, J, n) scores in [0, 1], in the order they were drawn: J phrasings with n draws each
+    phrasings:str, # "sampled": drawn independently from one generator, for each question; "listed": these and no others
+    alpha:float=0.01, # chance that the claim is wrong
+    side:str="upper", # "upper", "lower" or "two-sided"
+    pooled:bool=False, # one bound on the average over the questions instead of one per question
+    missing:str="error", # "worst": NaN counts as whatever widens the bound
+)->Bound: # its n is the number of phrasings when they are sampled, else of draws for each
+    "Bound on the mean score over phrasings and draws, each phrasing counted alike (betting: Waudby-Smith and Ramdas 2024, on cluster means or in strata)."
+    check_alpha(alpha)
+    check_choice("phrasings", phrasings, ["sampled", "listed"])
+    check_choice("side", side, ["upper", "lower", "two-sided"])
+    check_fixed(x)
+    x = np.asarray(x, float)
+    if x.ndim not in (2, 3): raise ValueError(f"x must have the axes (phrasing, draw) or (question, phrasing, draw), got shape {x.shape}")
+    table = as_scores(x.reshape(-1, x.shape[-1]), missing).reshape(-1, *x.shape[-2:])                          # (Q, J, n)
+    ends = ("lower", "upper") if side == "two-sided" else (side,)
+    value = np.stack([_over_phrasings(np.nan_to_num(table, nan=end == "upper"), phrasings, alpha / len(ends), end, pooled) for end in ends], -1)
+    value = value if side == "two-sided" else value[..., 0]
+    J, n = table.shape[1:]
+    where = f"over the generator of which the {J:,} phrasings with {n:,} draws each are a random sample" if phrasings == "sampled" else f"over these {J:,} phrasings with {n:,} draws each"
+    scope = f"{f'averaged over this fixed set of {len(table)} questions' if pooled else 'per question'}, {where}"
+    method, count = ("betting on phrasings", J) if phrasings == "sampled" else ("betting in strata", n)
+    return Bound(value if pooled or x.ndim == 3 else value[0], alpha, side, method, count, "the mean score", scope)
+
+def _over_phrasings(table, phrasings, alpha, end, pooled): # (Q,) or, pooled, a scalar array
+    if phrasings == "sampled":
+        means = table.mean(2)                                                                                  # (Q, J)
+        return np.asarray((pooled_mean if pooled else mean_bound)(means, alpha, end).value)
+    strata = table.reshape(1, -1, table.shape[2]) if pooled else table                                         # (1, Q J, n) or (Q, J, n)
+    values = np.array([float(pooled_mean(rows, alpha, end)) for rows in strata])
+    return values[0] if pooled else values
 
 # %% ../nbs/04a_questions.ipynb #aeb83604
 def difference_bound(
