@@ -186,7 +186,9 @@ def read_inspect(
     for sample in _inspect_samples(path):
         asked, target, choices = sample.get("input"), sample.get("target"), (sample.get("output") or {}).get("choices") or [{}]
         if isinstance(asked, list): asked = next((_said(m["content"]) for m in reversed(asked) if m.get("role") == "user"), None)
-        rows.append(dict(question_id=str(sample["id"]), question=asked, draw=sample.get("epoch", 1) - 1, answer=_said((choices[0].get("message") or {}).get("content")),
-                         reference=target if isinstance(target, str) else next(iter(target or []), None)) | _marks(sample.get("scores")))
+        answer, marks = _said((choices[0].get("message") or {}).get("content")), _marks(sample.get("scores"))
+        if answer is None: marks = dict.fromkeys(marks, np.nan)
+        rows.append(dict(question_id=str(sample["id"]), question=asked, draw=sample.get("epoch", 1) - 1, answer=answer,
+                         reference=target if isinstance(target, str) else next(iter(target or []), None)) | marks)
     rows.sort(key=lambda row: (_key(row["question_id"]), row["draw"]))
     return tidy(rows, path)

@@ -125,7 +125,8 @@ def phrasings_bound(
     value = np.stack([_over_phrasings(np.nan_to_num(table, nan=end == "upper"), phrasings, alpha / len(ends), end, pooled) for end in ends], -1)
     value = value if side == "two-sided" else value[..., 0]
     J, n = table.shape[1:]
-    where = f"over the generator of which the {J:,} phrasings with {n:,} draws each are a random sample" if phrasings == "sampled" else f"over these {J:,} phrasings with {n:,} draws each"
+    these = f"{J:,} phrasings with {n:,} draw{'s' * (n > 1)} each"
+    where = f"over the generator of which the {these} are a random sample" if phrasings == "sampled" else f"over these {these}"
     scope = f"{f'averaged over this fixed set of {len(table)} questions' if pooled else 'per question'}, {where}"
     method, count = ("betting on phrasings", J) if phrasings == "sampled" else ("betting in strata", n)
     return Bound(value if pooled or x.ndim == 3 else value[0], alpha, side, method, count, "the mean score", scope)
