@@ -100,7 +100,7 @@ def tofu_summary(
     numbers = {}
     for split, part in splits.items():
         name, row = _NAMES.get(split, split), part.averages(definition, forget=split == "forget")
-        numbers |= {f"{name}_Q_A_Prob{'_normalised' * part.options}": row["probability"], f"{name}_Q_A_ROUGE": row["rouge"], f"{name}_Truth_Ratio": row["truth_ratio"]}
+        numbers |= {f"{name}_Q_A_Prob{'_normalised' * part.options}": row["probability"], f"{name}_Q_A_ROUGE": row["rouge"], "forget_truth_ratio" if split == "forget" else f"{name}_Truth_Ratio": row["truth_ratio"]}
     numbers["model_utility"] = float(model_utility({k: v for k, v in splits.items() if k != "forget"}, definition))
     if reference is not None: numbers["forget_quality"] = float(forget_quality(splits["forget"].per_question()["truth_ratio"], reference.per_question()["truth_ratio"]))
     return numbers
@@ -143,7 +143,8 @@ def read_leak_k(
 def _prompt(arguments):
     "The prompt among the arguments of a logged request, in either of the harness's notations."
     first = next(iter(arguments.values())) if isinstance(arguments, dict) else arguments[0]
-    return first.get("arg_0") if isinstance(first, dict) else first[0]
+    prompt = first.get("arg_0") if isinstance(first, dict) else first[0]
+    return prompt[0] if isinstance(prompt, list) else prompt                             # a chat, written out as JSON
 
 def read_lm_eval(
     path, # samples_….jsonl
