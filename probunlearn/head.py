@@ -31,6 +31,7 @@ class TokenStats(NamedTuple):
     logits: torch.Tensor | None = None  # (N, V) before each answer token, on request
     hidden: torch.Tensor | None = None  # (N, d) after some layer, before each answer token, on request
 
+# %% ../nbs/13a_head.ipynb #7bbb45e5
 def next_tokens(
     labels,     # (B, T), -100 outside the answer
 ):              # (B, T): the token that each position is about, -100 where that is none of the answer's
@@ -63,10 +64,6 @@ def _logits(hidden, weight, bias, scale, softcap):  # (C, d), (V, d), (V,) or No
     bent = (z / softcap).tanh_()
     return softcap * bent, 1 - bent**2
 
-def _precision(hidden):     # the number format that a linear layer computes in here
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
 def _chunk_stats(hidden, target, head):     # (C, d), (C,), what the head is made of → NLL (C,), entropy (C,)
     logp = _logits(hidden, *head)[0].log_softmax(-1)                                    # (C, V)
     nll = -logp.gather(1, target[:, None])[:, 0]
@@ -83,6 +80,7 @@ def _chunk_slope(hidden, target, head, h, g, e):    # δ (C, V), in the precisio
     if scale != 1: delta.mul_(scale)
     return delta.to(hidden.dtype)
 
+# %% ../nbs/13a_head.ipynb #793ab767
 class _LinearStats(torch.autograd.Function):
     "Keeps NLL and entropy of each row; backward makes the logits again, a chunk at a time."
     @staticmethod
@@ -105,6 +103,11 @@ class _LinearStats(torch.autograd.Function):
             if to[2] is not None: to[2].add_(delta.sum(0))
             del delta                                                                   # before the next chunk is made
         return *to, None, None, None, None
+
+# %% ../nbs/13a_head.ipynb #08771fd8
+def _precision(hidden):     # the number format that a linear layer computes in here
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 def _liger(hidden, weight, bias, target, scale, softcap):    # as `_LinearStats`, entropy in the precision of `hidden`
     if bias is not None or softcap is not None: raise ValueError("Liger's kernel knows neither bias nor soft-cap: use backend='own'")
@@ -139,6 +142,7 @@ def _is_linear(head):       # all of it at hand: not adapted, quantised, spread 
     if type(head) is not torch.nn.Linear or type(head.weight.data) is not torch.Tensor: return False
     return not head.weight.is_meta and head.weight.shape == (head.out_features, head.in_features)
 
+# %% ../nbs/13a_head.ipynb #5da8bdcc
 def _at_head(lm, batch, rows, work, **options):
     "The output of `lm` when its head sees only `work(head, states (N, d) at `rows`)`."
     head = getattr(lm, "module", lm).get_output_embeddings()
@@ -160,6 +164,7 @@ def _fused(lm, batch, rows, target, backend, **options):
     if shown.shape == seen[0].shape and torch.allclose(shown.to(seen[0].dtype), seen[0], rtol=near, atol=near, equal_nan=True): return out, *seen[1:]
     warnings.warn(f"{type(inner).__name__} does more to its logits than we know of; its own head is used, which takes more memory")
 
+# %% ../nbs/13a_head.ipynb #229490d0
 def answer_stats(
     lm,                         # causal LM, bare or wrapped (adapters, several processes)
     batch,                      # dict of input_ids, attention_mask, labels, each (B, T); packed records have position_ids instead of the mask
