@@ -1,5 +1,6 @@
 """Head and tail, and importance sampling, against plain draws in equal time: python benchmarks/exact.py [--questions 40] [--model FOLDER]"""
-import argparse, time
+import argparse, sys, time
+from pathlib import Path
 import numpy as np
 import torch
 from probunlearn.bounds import binary_bound
@@ -49,6 +50,21 @@ def rest(lm, tok, qas, decoding, reads, n): # upper bounds in equal time
           f"range {min(ratios):.0f} to {max(ratios):.0f}, at least 30 on {np.mean(np.array(ratios) >= 30):.0%}", flush=True)
 
 
+def constructed(n): # importance sampling where the leak probability is known, in equal time
+    sys.path.insert(0, str(Path(__file__).parent.parent/"tests"))
+    from conftest import BARE, LetterTok
+    from test_exact import ASK, SHARP, leak_probability, names_leak, proposal_lm, sharp_lm
+    decoding, tok = Decoding(max_new_tokens=4), LetterTok(SHARP)
+    for leak in 1e-5, 1e-6, 1e-8:
+        lm = sharp_lm(leak)
+        head, first = timed(lambda: enumerate_answers(lm, tok, ASK, mass=.995, budget=8, decoding=decoding, template=BARE, progress=False))
+        found, second = timed(lambda: rare_leak(head, ASK, proposal_lm(), n=n, score=names_leak, template=BARE))
+        same = int(n * (first + second) / timed(lambda: sample(lm, tok, [ASK], n, decoding, template=BARE, progress=False))[1])
+        (low, high), plain = found.bound.value, binary_bound(0, same, .01, "two-sided").value
+        print(f"constructed, leak {leak_probability(leak, 4):.2e}: [{low:.2e}, {high:.2e}] from {n:,} weighted draws; {same:,} plain draws at most {plain[1]:.1e}: "
+              f"{(plain[1] - plain[0]) / (high - low):.0f} times wider", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", type=int, default=40)
@@ -60,6 +76,7 @@ def main():
     lm, tok = sharp(args.model)
     for name, model in ("full", small_lm("full")[0]), ("NPO + entropy", lm), ("retain", small_lm("retain")[0]): reach(name, model, tok, qas, decoding)
     rest(lm, tok, qas, decoding, args.reads, args.draws)
+    constructed(4096)
 
 
 if __name__ == "__main__": main()
