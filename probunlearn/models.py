@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # %% ../nbs/09_models.ipynb #6b7776de
 def best_device():  # "cuda", "mps" or "cpu"
-    "The fastest device at hand."
-    if torch.cuda.is_available(): return "cuda"
+    "The fastest device at hand; each process of a torchrun has a GPU of its own."
+    if torch.cuda.is_available(): return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 # %% ../nbs/09_models.ipynb #2e7f1f0d
