@@ -6,8 +6,8 @@ import argparse, importlib.util, json, os, subprocess, sys, time
 from pathlib import Path
 import torch
 import torch.nn.functional as F
+from probunlearn.batches import pad_batch
 from probunlearn.head import answer_stats, linear_stats
-from probunlearn.loop import pad_batch
 from probunlearn.losses import answer_mean, answer_sum, entropy, mean_entropy, npo
 
 BATCH, LENGTH, VOCAB, SIZE, ANSWER = 16, 256, 51_200, 256, 38        # sequences, tokens, words, width of the hidden states, answer tokens of each sequence
