@@ -73,7 +73,7 @@ class Workload:
     def about(self):
         "Distinct answers, and nats per token of the draws just made."
         tokens, logprobs = self.out
-        return dict(distinct=len(torch.unique(tokens, dim=0)), nats_per_token=round(float(-logprobs.sum() / (tokens >= 0).sum()), 3))
+        return dict(distinct=len(torch.unique(tokens, dim=0)), nats_per_token=round(abs(float(logprobs.sum() / (tokens >= 0).sum())), 3))
 
 
 def sort_all(key):
@@ -110,7 +110,7 @@ def compare(name, work, rounds, device, ways=("reference", "many", "flat")):
     return line
 
 
-def sharpen(lm, tok, qas, updates=60, lr=5e-4):
+def sharpen(lm, tok, qas, updates=100, lr=5e-4):
     "Minimise the entropy of a model's own greedy answers, whatever they are."
     optimizer = torch.optim.AdamW(lm.parameters(), lr=lr)
     rows = own_answers(lm, tok, qas)[0]

@@ -6,6 +6,7 @@
 __all__ = ['SHARING', 'read_prompts', 'CopiedRows', 'SharedRows', 'shares_prefix', 'grow_rows']
 
 # %% ../nbs/09b_prefix.ipynb #5cb75d62
+from contextlib import contextmanager, nullcontext
 import copy
 import math
 import torch
@@ -39,6 +40,10 @@ class CopiedRows:
         if len(origin) == len(self.mask) and (origin == torch.arange(len(origin), device=origin.device)).all(): return
         self.cache.batch_select_indices(origin)
         self.mask = self.mask[origin]
+
+    def at_work(self):
+        "The model can do it as it is."
+        return nullcontext()
 
     def fork(self, origin, slots=None):
         "New rows that continue the rows `origin` of these, which stay as they are."
@@ -151,6 +156,14 @@ class SharedRows:
             for layer in self.cache.layers: layer.move(origin[target], target)
         if len(target) or len(origin) != len(self.questions.question): self.questions.assign(self.questions.question[origin])
 
+    @contextmanager
+    def at_work(self):
+        "The model with the attention that `step` needs; afterwards it has its own again."
+        before = self.lm.config._attn_implementation
+        self.lm.set_attn_implementation("probunlearn_shared")
+        try: yield
+        finally: self.lm.set_attn_implementation(before)
+
     def fork(self, origin, slots):
         "New rows that continue the rows `origin` of these, which stay as they are."
         other = copy.copy(self)
@@ -162,11 +175,8 @@ class SharedRows:
     def step(self, token):
         "Next-token logits (R, V) after one more token (R,) on each row."
         position = self.questions.lengths[self.questions.question] + self.cache.get_seq_length()
-        before = self.lm.config._attn_implementation
-        self.lm.set_attn_implementation("probunlearn_shared")
-        try: return self.lm(input_ids=token[:, None], position_ids=position[:, None], past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-                            questions=self.questions).logits[:, -1]
-        finally: self.lm.set_attn_implementation(before)
+        return self.lm(input_ids=token[:, None], position_ids=position[:, None], past_key_values=self.cache, use_cache=True, logits_to_keep=1,
+                       questions=self.questions).logits[:, -1]
 
 # %% ../nbs/09b_prefix.ipynb #a973ee9e
 SHARING = ("llama", "gpt2", "gpt_neox", "phi", "phi3", "qwen2", "qwen3", "mistral", "gemma", "olmo2", "smollm3", "granite")

@@ -77,11 +77,12 @@ def _grow(lm, tok, prompts, question, streams, decoding, rule, memory, least):
         for origin, token, state, at, row in _branch(row, token, state, limit, logits.shape[-1]): yield origin, token, state, draw[at], row, t + 1
     state = rule.start(len(prompts), lm.device) if rule else None
     pieces = [(rows, *piece) for piece in generation(read[0], state, torch.arange(len(streams), device=lm.device), question, 0)]
-    while pieces:
-        rows, origin, token, state, draw, row, t = pieces.pop()
-        if pieces and pieces[-1][0] is rows: rows = rows.fork(origin, limit)        # others still need these rows as they are
-        else: rows.arrange(origin)
-        pieces += [(rows, *piece) for piece in generation(rows.step(token), state, draw, row, t)]
+    with rows.at_work():
+        while pieces:
+            rows, origin, token, state, draw, row, t = pieces.pop()
+            if pieces and pieces[-1][0] is rows: rows = rows.fork(origin, limit)    # others still need these rows as they are
+            else: rows.arrange(origin)
+            pieces += [(rows, *piece) for piece in generation(rows.step(token), state, draw, row, t)]
     return tokens, logprobs
 
 # %% ../nbs/10_sampling.ipynb #41abbd9d

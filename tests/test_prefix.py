@@ -12,9 +12,10 @@ PROMPTS = [[3, 5, 7, 2], [1, 2], [6, 6, 1, 3, 9, 4, 2]]
 def grown(rows, steps):
     "Logits after each step of a fixed history: rows split, end, move."
     out = []
-    for origin, token in steps:
-        rows.arrange(torch.tensor(origin))
-        out.append(rows.step(torch.tensor(token)))
+    with rows.at_work():
+        for origin, token in steps:
+            rows.arrange(torch.tensor(origin))
+            out.append(rows.step(torch.tensor(token)))
     return torch.cat(out)
 
 
@@ -54,7 +55,9 @@ def test_no_mask_is_built_for_shared_rows(monkeypatch):
         seen.append(attention_mask)
         return prefix._shared_attention(module, query, key, value, attention_mask, **kwargs)
     AttentionInterface.register("probunlearn_shared", spy)
-    try: SharedRows(lm, read_prompts(lm, LetterTok(12), PROMPTS), torch.tensor([0, 1]), 2, 2).step(torch.tensor([1, 2]))
+    rows = SharedRows(lm, read_prompts(lm, LetterTok(12), PROMPTS), torch.tensor([0, 1]), 2, 2)
+    try:
+        with rows.at_work(): rows.step(torch.tensor([1, 2]))
     finally: AttentionInterface.register("probunlearn_shared", prefix._shared_attention)
     assert seen == [None, None]
 
@@ -63,5 +66,5 @@ def test_no_mask_is_built_for_shared_rows(monkeypatch):
 def test_a_failing_step_leaves_the_models_attention_as_it_was():
     lm = random_lm("llama", 12)
     rows = SharedRows(lm, read_prompts(lm, LetterTok(12), PROMPTS), torch.tensor([0, 1]), 2, 2)
-    with pytest.raises(IndexError): rows.step(torch.tensor([1, 99]))
+    with pytest.raises(IndexError), rows.at_work(): rows.step(torch.tensor([1, 99]))
     assert lm.config._attn_implementation == "sdpa"
