@@ -143,6 +143,11 @@ class History:
 _COLOUR = {"nll": COLOURS["retain"], "forget_nll": COLOURS["forget"], "retain_nll": COLOURS["retain"], "forget_entropy": COLOURS["forget"], "retain_entropy": COLOURS["retain"]}
 
 # %% ../nbs/14d_loop.ipynb #209dfea8
+def _recompute(lm, switch, *options):
+    "Switch gradient checkpointing, which newer versions of transformers call activation checkpointing."
+    names = [f"{kind}_checkpointing_{switch}" for kind in ("activation", "gradient")]
+    next(getattr(lm, name) for name in names if hasattr(lm, name))(*options)
+
 def _prepare(lm, config, updates):
     "accelerate, the model as it wants it, optimiser and schedule."
     AcceleratorState._reset_state()      # accelerate keeps the number format of the process's first run
@@ -152,7 +157,7 @@ def _prepare(lm, config, updates):
     if not trained: raise ValueError("no weight is trainable: call add_lora, or lm.requires_grad_(True)")
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
     schedule = get_scheduler(config.schedule, optimizer, round(config.warmup * updates), updates)
-    if config.recompute: lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+    if config.recompute: _recompute(lm, "enable", dict(use_reentrant=False))
     model, optimizer = (lm, accelerator.prepare(optimizer)) if is_sharded(lm) else accelerator.prepare(lm, optimizer)
     if config.tracker: accelerator.init_trackers("probunlearn", {k: v for k, v in asdict(config).items() if isinstance(v, (int, float, str))})
     return accelerator, model, optimizer, schedule
@@ -245,7 +250,7 @@ def _finish(accelerator, lm, model, history, config, best, chosen):
     "The model as it was given, with the weights that are to be kept, and notes on the run."
     if best is not None: set_weights(model, best)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)            # else the number format of training would stay on
-    if config.recompute: lm.gradient_checkpointing_disable()
+    if config.recompute: _recompute(lm, "disable")
     lm.eval()
     history.best = chosen and chosen[0]
     for sentence in [config.stop_reason(history.rows), *config.diagnosis(history.rows)]:

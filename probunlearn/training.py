@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'ENTROPY_ON', 'Method', 'keep', 'UnlearnConfig', 'model_as_it_was', 'reference_nll', 'Material', 'Batch',
-           'own_answers', 'own_entropy', 'leak_probe', 'unlearn']
+           'own_answers', 'own_entropy', 'leak_probe', 'unlearn', 'task_vector']
 
 # %% ../nbs/15_training.ipynb #99648081
 from contextlib import contextmanager, nullcontext
@@ -321,4 +321,22 @@ def unlearn(
     history = train_loop(lm, tok, pairs, config, loss_of, probe, m.forget + m.retain)
     if history.best: history.notes.append(f"The weights are those of update {history.best}, chosen by their leak bound among {sum('leak_bound' in r for r in history.rows)} looks: draw again with a fresh seed before claiming anything.")
     elif config.keep == "best": history.note(f"no look had a greedy retain score of {config.utility_floor} or more: the last weights were kept")
+    return history
+
+# %% ../nbs/15_training.ipynb #98c1010e
+def task_vector(
+    lm, tok,                            # unlearned in place
+    forget: list,
+    config: TrainConfig = TrainConfig(),# of the fine-tuning
+    scale: float = 1.0,                 # how far to go the other way, in lengths of the way the fine-tuning went
+    template: Template = Template(),
+):                                      # `History` of the fine-tuning; ValueError as `finetune`
+    "Unlearn by negating what fine-tuning on the forget records would do: θ - scale · (θ_tuned - θ) (Ilharco et al. 2023)."
+    before = {name: p.detach().clone() for name, p in lm.named_parameters() if p.requires_grad}
+    history = finetune(lm, tok, forget, config, template)
+    adapted = hasattr(lm, "disable_adapter")            # adapters: the product B A is negated, so B alone turns round
+    with torch.no_grad():
+        for name, p in lm.named_parameters():
+            if adapted and "lora_B" in name: p.mul_(-scale)
+            elif not adapted and name in before: p.copy_(before[name] - scale * (p - before[name]))
     return history

@@ -4,15 +4,19 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 
-from conftest import random_lm
+from conftest import KINDS, random_lm
+from probunlearn.batches import batch_stats, check_packing, pad_batch, record_order
+from probunlearn.checkpoints import memory_needed, read_notes, saved_bytes
 from probunlearn.data import QA, Template, encode, encode_prompt, fictional_authors
 from probunlearn.draws import Decoding
-from probunlearn.batches import pad_batch
-from probunlearn.loop import History, TrainConfig, finetune
-from probunlearn.models import add_lora, lm_fingerprint, small_lm
-from probunlearn.sampling import greedy
-from probunlearn.training import ENTROPY_ON, METHODS, UnlearnConfig, leak_probe, own_answers, reference_nll, unlearn
+from probunlearn.loop import History, TrainConfig, check_start, finetune
+from probunlearn.losses import answer_mean
+from probunlearn.models import add_lora, lm_fingerprint, load_lm, save_lm, small_lm
+from probunlearn.sampling import greedy, sample
+from probunlearn.training import (ENTROPY_ON, METHODS, Method, UnlearnConfig, keep, leak_probe, model_as_it_was, own_answers, reference_nll, task_vector,
+                                  unlearn)
 
 FORGET, RETAIN = fictional_authors("forget10"), fictional_authors("retain90")
 
@@ -335,3 +339,244 @@ def test_a_tokenizer_without_padding_token_is_named():
         tok.pad_token = None
         finetune(lm, tok, FORGET[:4], quick())
     untouched(call, ValueError, "padding|pad_token|pad token")
+
+
+# --- the reference implementation's numbers ---------------------------------------------------------------------------------------------------
+
+def by_hand(lm, tok, qas, width=256):
+    "(token-mean CE, summed NLL of each answer, entropy at every position of the padded batch), written out in float64."
+    batch, ce, total, entropies = [encode(tok, qa) for qa in qas], [], [], []
+    for row in batch:
+        ids, real = row["input_ids"], len(row["input_ids"])
+        padded = torch.tensor([ids + [tok.pad_token_id] * (width - real)])
+        with torch.no_grad(): logp = lm(input_ids=padded, attention_mask=(torch.arange(width) < real).long()[None]).logits[0].double().log_softmax(-1)
+        nll = [-float(logp[t - 1, ids[t]]) for t in range(1, real) if row["labels"][t] != -100]
+        ce, total = ce + nll, total + [sum(nll)]
+        entropies.append(float(-(logp.exp() * logp).sum(-1).mean()))
+    return np.mean(ce), np.array(total), np.mean(entropies)
+
+
+@pytest.mark.parametrize("method", ["grad_ascent", "grad_diff", "npo"])
+def test_the_loss_is_the_references_before_and_after_a_step(method):
+    "λ_f = 1 and λ_r = -0.25 on the entropy of all positions, records padded to 256, β = 0.05: the formulas once more, on the same records and weights."
+    lm, tok = fresh()
+    start, forget, retain = copy.deepcopy(lm), FORGET[:4], RETAIN[:4]
+    config = quick_unlearn(method=method, steps=2, lr=1e-4, beta=.05, lambda_f=1., lambda_r=-.25, entropy_on="all", pad_to=256, probe_every=1)
+    rng = np.random.default_rng(config.seed)
+    at, kept = record_order(4, 8, rng), rng.integers(4, size=8)                     # which records meet in which update
+    models = [start]
+    rows = unlearn(lm, tok, forget, retain, config, probe=lambda lm: models.append(copy.deepcopy(lm)) or {}).rows
+    for update, model in enumerate(models[:2]):
+        f, r = ([part[i] for i in which[4 * update:4 * update + 4]] for part, which in ((forget, at), (retain, kept)))
+        (ce_f, nll, h_f), (ce_r, _, h_r) = by_hand(model, tok, f), by_hand(model, tok, r)
+        npo = 2 / .05 * np.mean(np.log1p(np.exp(-.05 * (nll - by_hand(start, tok, f)[1]))))
+        expected = dict(grad_ascent=-ce_f, grad_diff=ce_r - ce_f, npo=npo + ce_r)[method] + h_f - .25 * h_r
+        assert rows[update]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+# --- batches, memory, number formats -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_records_do_not_see_each_other(kind):
+    "On each architecture, to float32: NLL and entropy of the answer tokens are those of the padded batch."
+    lm, rows = random_lm(kind, 40, dtype=torch.float32), []
+    for length in (7, 12, 5):
+        ids = torch.randint(1, 39, (length,)).tolist()
+        rows.append(dict(input_ids=ids, labels=[-100] * 2 + ids[2:]))
+    with torch.no_grad(): padded, packed = (batch_stats(lm, rows, 0, pack=pack) for pack in (False, True))
+    assert torch.equal(padded.answer, packed.answer) and padded.answer.sum() == 18
+    for name in ("nll", "entropy"): assert torch.allclose(getattr(padded, name) * padded.answer, getattr(packed, name) * packed.answer, atol=1e-4)
+    check_packing(lm, rows, 0)
+
+
+def test_a_model_that_looks_across_packed_records_is_refused(monkeypatch):
+    lm, tok = fresh()
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    with pytest.raises(ValueError, match="LlamaForCausalLM looks across packed records .* use pack=False"): finetune(lm, tok, FORGET[:4], quick(pack=True))
+
+
+@pytest.mark.parametrize("how", [dict(pack=True), dict(pad_to=256), dict(recompute=True)])
+def test_packing_padding_and_recomputing_change_the_work_not_the_result(how):
+    after = []
+    for more in ({}, how):
+        lm, tok = fresh("retain")
+        finetune(lm, tok, FORGET[:4], quick(steps=2, **more))
+        after.append(weights(lm))
+        assert not lm.is_gradient_checkpointing and not lm.training
+    assert (after[1] - after[0]).norm() < .02 * (after[0] - weights(fresh("retain")[0])).norm()
+
+
+def test_recomputing_keeps_less():
+    lm, tok = fresh()
+    row = encode(tok, FORGET[0])
+    plain = saved_bytes(lm.train(), row)
+    lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+    assert saved_bytes(lm, row) < .5 * plain
+
+
+def test_the_memory_estimate_counts_what_is_there():
+    "Gradients and moments byte by byte after a step; activations grow with the tokens; adapters need fewer gradients."
+    lm, tok = fresh()
+    rows = [encode(tok, qa) for qa in FORGET[:4]]
+    memory, longest = memory_needed(lm, rows, 4), max(rows, key=lambda r: len(r["input_ids"]))
+    optimizer = torch.optim.AdamW(lm.parameters())
+    answer_mean(*(lambda s: (s.nll, s.answer))(batch_stats(lm, rows, 0))).backward()
+    optimizer.step()
+    assert memory.weights == sum(p.nbytes for p in lm.parameters())
+    assert memory.training == sum(p.grad.nbytes + sum(v.nbytes for v in optimizer.state[p].values() if v.dim()) for p in lm.parameters())
+    kept = sum(saved_bytes(lm, r) for r in [longest] * 4)
+    assert memory.activations == kept and memory_needed(add_lora(lm, rank=2), rows, 4).training < .05 * memory.training
+
+
+def test_too_little_memory_and_sixteen_bit_weights_are_said_before_the_first_update(monkeypatch):
+    lm, tok = fresh()
+    monkeypatch.setattr("probunlearn.checkpoints._free", lambda device: 1e6)
+    with pytest.warns(UserWarning, match=r"this may not fit: .* 1 MB free. Lower batch_size"): finetune(lm, tok, FORGET[:4], quick(steps=1))
+    lm, tok = fresh()
+    with pytest.warns(UserWarning, match="16-bit numbers: steps of 0.001 are mostly rounded away"): check_start(lm.bfloat16(), tok, [encode(tok, FORGET[0])], quick())
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_saved_after_bf16_training_it_is_the_model_that_was_trained(tmp_path, adapters):
+    "The number format of training must not stay on: greedy answers and same-seed draws are those of the loaded folder."
+    lm, tok = fresh()
+    lm = add_lora(lm, rank=4) if adapters else lm
+    unlearn(lm, tok, FORGET[:4], RETAIN[:8], quick_unlearn(steps=3, mixed_precision="bf16", lr=5e-3 if adapters else 5e-4))
+    again, _ = load_lm(save_lm(lm, tok, tmp_path), device="cpu")
+    ids = torch.tensor([encode_prompt(tok, FORGET[0].question)])
+    with torch.no_grad(): assert torch.allclose(lm(input_ids=ids).logits, again(input_ids=ids).logits, atol=1e-4)
+    for look in (lambda m: greedy(m, tok, FORGET[:4]), lambda m: sample(m, tok, FORGET[:2], 8, Decoding(max_new_tokens=24), 3, progress=False)):
+        assert [d.texts for d in look(lm)] == [d.texts for d in look(again)]
+
+
+# --- what a run says about itself -------------------------------------------------------------------------------------------------------------
+
+def test_early_stopping_and_the_diagnosis_name_the_retain_loss():
+    lm, tok = fresh()
+    with pytest.warns(UserWarning) as said: history = unlearn(lm, tok, FORGET[:8], RETAIN[:40], quick_unlearn(method="grad_ascent", steps=40, lr=3e-3, stop_retain=.5))
+    assert 5 <= len(history.rows) < 40 and len(history.notes) == 2
+    assert [str(w.message) for w in said][-2:] == history.notes
+    assert history.notes[0].startswith(f"stopped after update {len(history.rows)}: the retain loss rose from 0.00") and history.notes[1].startswith("over-unlearned: the retain loss rose from")
+
+
+def test_a_healthy_run_has_no_diagnosis():
+    lm, tok = fresh()
+    assert unlearn(lm, tok, FORGET[:8], RETAIN[:40], quick_unlearn(method="npo")).notes == []
+
+
+def scripted(bounds, retain):
+    "A probe that reads its numbers from a list, and remembers the weights it saw."
+    seen = []
+    def probe(lm):
+        seen.append(weights(lm))
+        return dict(leak_bound=bounds[len(seen) - 1], greedy_retain=retain[len(seen) - 1])
+    return probe, seen
+
+
+def test_the_best_weights_have_the_lowest_bound_above_the_floor_and_must_be_drawn_again():
+    lm, tok = fresh()
+    probe, seen = scripted([.9, .5, .1, .6], [1, .9, .7, 1])                                    # the lowest bound of all is under the floor
+    history = unlearn(lm, tok, FORGET[:4], RETAIN[:8], quick_unlearn(steps=4, probe_every=1, keep="best"), probe=probe)
+    assert history.best == 2 and torch.equal(weights(lm), seen[1]) and not torch.equal(seen[1], seen[3])
+    assert history.notes == ["The weights are those of update 2, chosen by their leak bound among 4 looks: draw again with a fresh seed before claiming anything."]
+    lm, tok = fresh()
+    probe, seen = scripted([.9, .5], [.1, .2])
+    with pytest.warns(UserWarning, match="no look had a greedy retain score of 0.8 or more"): history = unlearn(lm, tok, FORGET[:4], RETAIN[:8], quick_unlearn(steps=2, probe_every=1, keep="best"), probe=probe)
+    assert history.best is None and torch.equal(weights(lm), seen[1])
+
+
+def test_the_best_weights_survive_an_interruption(tmp_path):
+    for folder, cut in (("whole", None), ("cut", 4)):
+        for stop in (cut, None) if cut else (None,):
+            lm, tok = fresh()
+            done = len(read_notes(tmp_path/folder/"run.safetensors")["rows"]) if (tmp_path/folder).exists() else 0
+            look, _ = scripted([.9, .1, .5, .5, .6, .4][done:], [1] * 6)
+            def probe(model, calls=[done]):
+                calls[0] += 1
+                if calls[0] == stop: raise KeyboardInterrupt
+                return look(model)
+            try: unlearn(lm, tok, FORGET[:4], RETAIN[:8], quick_unlearn(steps=6, probe_every=1, keep="best", checkpoint=str(tmp_path/folder), checkpoint_every=1), probe=probe)
+            except KeyboardInterrupt: assert stop
+        if not cut: expected = weights(lm)
+    assert torch.equal(weights(lm), expected)
+
+
+def test_a_tracker_hears_every_update():
+    heard = []
+    class Ear(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "ear", False, True
+        def __init__(self): super().__init__()
+        @property
+        def tracker(self): return heard
+        def store_init_configuration(self, values): heard.append(values["lr"])
+        def log(self, values, step=None, **kwargs): heard.append((step, values["nll"]))
+    lm, tok = fresh("retain")
+    history = finetune(lm, tok, FORGET[:4], quick(steps=3, tracker=Ear()))
+    assert heard == [1e-3] + [(row["step"], row["nll"]) for row in history.rows]
+
+
+# --- records and methods ------------------------------------------------------------------------------------------------------------------------
+
+def test_what_is_forgotten_and_kept_at_once_is_said():
+    lm, tok = fresh()
+    with pytest.warns(UserWarning, match=f"2 questions stand in both the forget and the retain set, .* for one"): unlearn(lm, tok, FORGET[:4], [*RETAIN[:4], *FORGET[:2]], quick_unlearn(steps=1))
+    for forget, retain, name in (([], RETAIN, "forget"), (FORGET, [], "retain")):
+        with pytest.raises(ValueError, match=f"no questions: the {name} set is empty"): unlearn(lm, tok, forget, retain)
+
+
+def test_own_answers_are_made_only_where_they_count(monkeypatch):
+    "With λ_f = 0 nobody asks for them, whatever λ_r is; while the ramp is at 0 neither."
+    made = []
+    monkeypatch.setattr("probunlearn.training.own_answers", lambda *args, **more: made.append(1) or own_answers(*args, **more))
+    lm, tok = fresh()
+    for how, expected in ((dict(lambda_r=-.1), 0), (dict(lambda_f=.1), 2), (dict(lambda_f=.1, ramp=1.), 1)):
+        made.clear()
+        rows = unlearn(lm, tok, FORGET[:4], RETAIN[:4], quick_unlearn(steps=2, lr=1e-6, **how)).rows
+        assert len(made) == expected and "retain_entropy" in rows[0]
+
+
+def test_drawn_answers_differ_from_update_to_update_and_from_any_evaluation():
+    lm, tok = fresh("retain")
+    one, two, again = (own_answers(lm, tok, FORGET[:4], drawn=seed)[0] for seed in (1, 2, 1))
+    assert one == again != two
+    seeds = []
+    def spy(*args, drawn=None, **more):
+        seeds.append(drawn)
+        return own_answers(*args, drawn=drawn, **more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("probunlearn.training.own_answers", spy)
+        unlearn(lm, tok, FORGET[:4], RETAIN[:4], quick_unlearn(steps=3, lr=1e-6, lambda_f=.1, entropy_on="draws"))
+    assert len(set(seeds)) == 3 and min(seeds) >= 2**32
+
+
+def test_a_method_of_ones_own_is_one_entry(monkeypatch):
+    "Dropping the answers' likelihood to that of a coin per token, say."
+    monkeypatch.setitem(METHODS, "coin", Method(lambda b, c: ((b.forget.nll - np.log(2)).abs() * b.forget.answer).sum() / b.forget.answer.sum() + keep(b, c)))
+    lm, tok = fresh()
+    rows = unlearn(lm, tok, FORGET[:4], RETAIN[:40], quick_unlearn(method="coin", steps=12, lr=5e-4)).rows
+    assert rows[-1]["forget_nll"] > rows[0]["forget_nll"] + .05
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_teacher_is_the_model_as_it_was(adapters):
+    lm, tok = fresh()
+    lm, ids = add_lora(lm, rank=4) if adapters else lm, torch.tensor([encode_prompt(tok, FORGET[0].question)])
+    with torch.no_grad(): before = lm(input_ids=ids).logits
+    teacher = model_as_it_was(lm, copied=True)
+    unlearn(lm, tok, FORGET[:4], RETAIN[:8], quick_unlearn(steps=3, lr=5e-3, method="undial"))
+    with torch.no_grad(), teacher() as was: assert torch.allclose(was(input_ids=ids).logits, before, atol=1e-5)
+    with torch.no_grad(): assert not torch.allclose(lm(input_ids=ids).logits, before, atol=1e-1)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_task_vector_goes_the_way_of_fine_tuning_backwards(adapters):
+    "Weights: exactly mirrored. Adapters: their product is."
+    moved = []
+    for scale in (-1., 1.):                                                         # -1 is the fine-tuned model itself
+        lm, tok = fresh("retain")
+        lm = add_lora(lm, rank=4) if adapters else lm
+        base = [p.detach().clone() for p in lm.parameters()] if not adapters else None
+        task_vector(lm, tok, FORGET[:4], quick(steps=3), scale)
+        if adapters: moved.append(torch.cat([(m.lora_B["default"].weight @ m.lora_A["default"].weight).detach().flatten() for m in lm.modules() if hasattr(m, "lora_A")]))
+        else: moved.append(torch.cat([(p - b).detach().flatten() for p, b in zip(lm.parameters(), base)]))
+    assert moved[0].norm() > 0 and torch.allclose(moved[0], -moved[1], atol=1e-6)
