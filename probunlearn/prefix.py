@@ -45,6 +45,10 @@ class CopiedRows:
         "The model can do it as it is."
         return nullcontext()
 
+    def newest(self):
+        "Keys and values of each row's last token, layer by layer (R, G, D)."
+        return [(layer.keys[:, :, -1], layer.values[:, :, -1]) for layer in self.cache.layers]
+
     def fork(self, origin, slots=None):
         "New rows that continue the rows `origin` of these, which stay as they are."
         other = copy.copy(self)
@@ -103,6 +107,8 @@ class _Questions:
         self.padding, self.lengths = None if mask.all() else mask == 0, mask.sum(-1)        # (Q, P) or None, (Q,)
         self.assign(question)
 
+    skip = None     # (R,) how many of the first tokens in a row's slot don't count
+
     def assign(self, question):
         "Each row's question (R,), and its place when rows are laid out by question, all questions as wide as the widest."
         self.question, many = question, len(self.lengths)
@@ -112,6 +118,13 @@ class _Questions:
         rank[order] = torch.arange(len(order), device=order.device) - (count.cumsum(0) - count)[question[order]]
         self.widest = int(count.max())
         self.place = question * self.widest + rank
+
+    def of(self, origin):
+        "The same questions for the rows that continue `origin`."
+        other = copy.copy(self)
+        if self.skip is not None: other.skip = self.skip[origin]
+        other.assign(self.question[origin])
+        return other
 
     def gather(self, x):
         "Rows (R, G, g, ·) → by question (Q, G, widest · g, ·)."
@@ -133,7 +146,9 @@ def _shared_attention(module, query, key, value, attention_mask, scaling=None, q
     g, length = query.shape[2], keys.shape[2]
     before = questions.spread(questions.gather(query) @ keys.transpose(-1, -2), g)          # (R, G, g, P)
     if questions.padding is not None: before = before.masked_fill(questions.padding[questions.question, None, None], -math.inf)
-    scores = torch.cat([before, query @ key.transpose(-1, -2)], -1)                         # (R, G, g, P + n)
+    after = query @ key.transpose(-1, -2)                                                   # (R, G, g, n)
+    if questions.skip is not None: after = after.masked_fill(torch.arange(key.shape[2], device=key.device) < questions.skip[:, None, None, None], -math.inf)
+    scores = torch.cat([before, after], -1)                                                 # (R, G, g, P + n)
     weight = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     out = questions.spread(questions.gather(weight[..., :length]) @ values, g) + weight[..., length:] @ value
     return out.reshape(rows, 1, heads, size), None
@@ -154,7 +169,7 @@ class SharedRows:
         target = (origin != torch.arange(len(origin), device=origin.device)).nonzero()[:, 0]
         if len(target):
             for layer in self.cache.layers: layer.move(origin[target], target)
-        if len(target) or len(origin) != len(self.questions.question): self.questions.assign(self.questions.question[origin])
+        if len(target) or len(origin) != len(self.questions.question): self.questions = self.questions.of(origin)
 
     @contextmanager
     def at_work(self):
@@ -167,14 +182,27 @@ class SharedRows:
     def fork(self, origin, slots):
         "New rows that continue the rows `origin` of these, which stay as they are."
         other = copy.copy(self)
-        other.questions = copy.copy(self.questions)
-        other.questions.assign(self.questions.question[origin])
+        other.questions = self.questions.of(origin)
         other.cache = Cache(layers=[layer.copied(origin, slots) for layer in self.cache.layers])
         return other
+
+    def hold(self, layers, tokens):
+        "Let the rows begin with tokens that were read elsewhere: their keys and values, layer by layer (R, G, L, D), padded on the left; `tokens`: (R,) how many count."
+        for slots, (keys, values) in zip(self.cache.layers, layers):
+            slots.lazy_initialization(keys, values)
+            slots.used = keys.shape[2]
+            for kept, new in ((slots.keys, keys), (slots.values, values)): kept[:len(new), :, :slots.used] = new
+        self.questions.skip = slots.used - tokens
+
+    def newest(self):
+        "Keys and values of each row's last token, layer by layer (R, G, D)."
+        rows = len(self.questions.question)
+        return [(layer.keys[:rows, :, layer.used - 1], layer.values[:rows, :, layer.used - 1]) for layer in self.cache.layers]
 
     def step(self, token):
         "Next-token logits (R, V) after one more token (R,) on each row."
         position = self.questions.lengths[self.questions.question] + self.cache.get_seq_length()
+        if self.questions.skip is not None: position = position - self.questions.skip
         return self.lm(input_ids=token[:, None], position_ids=position[:, None], past_key_values=self.cache, use_cache=True, logits_to_keep=1,
                        questions=self.questions).logits[:, -1]
 

@@ -16,8 +16,8 @@ from .data import Template
 from .draws import Decoding
 from .law import ONE, stream_numbers, token_law
 from .models import end_ids
-from .prefix import CopiedRows
-from .sampling import encode_prompts
+from .prefix import CopiedRows, SharedRows, shares_prefix
+from .sampling import Growth, encode_prompts
 
 # %% ../nbs/11a_tree.ipynb #90c79f29
 EDGE = np.dtype([("p", float), ("parent", int), ("token", int), ("parts", int)])    # probability of the whole path, node it leaves, token, share
@@ -36,6 +36,8 @@ class PrefixTree:
         cache = DynamicCache()              # without a config it keeps every position; the mask sees to sliding windows
         with torch.no_grad(): lm(input_ids=self._on(self.prompt)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.pool = [[kv[0].transpose(0, 1) for kv in (layer.keys, layer.values)] for layer in cache.layers]    # (slot, heads, D) each
+        self.shared, self.question = len(self.prompt) > 1 and shares_prefix(lm, len(self.prompt) + decoding.max_new_tokens), DynamicCache()
+        for i, layer in enumerate(cache.layers): self.question.update(layer.keys[:, :, :-1].clone(), layer.values[:, :, :-1].clone(), i)    # all but the root's token
         self.nodes = np.array([(1., -1, self.prompt[-1], ONE)], EDGE)       # (N,) the edge that leads to each node; the root stands on the prompt's last token
         self.paths = np.zeros((1, decoding.max_new_tokens), np.int32)       # (N, T) ancestors, root first
         self.depth = np.zeros(1, int)                                       # (N,) tokens of the answer so far
@@ -63,27 +65,39 @@ class PrefixTree:
     @torch.no_grad()
     def view(self,
         nodes,      # (R,) node numbers
-    ):              # law (R, V) of the next token, `CopiedRows` that can go on, the rule's next state
+        slots=0,    # most rows that will go on from here
+    ):              # law (R, V) of the next token, rows that can go on, the rule's next state
         "What follows some nodes."
-        here, read = len(self.prompt) - 1, self.depth[nodes][:, None]                   # the root's slot; (R, 1) tokens behind it
-        own = np.arange(here + read.max()) - (read.max() - read)                        # (R, L) position in the row's own text, padded on the left
-        above = np.take_along_axis(self.paths[nodes], (own - here).clip(0, self.paths.shape[1] - 1), 1)
-        slot = self._on(np.where(own < here, own.clip(0), here + above))                # (R, L)
-        cache = DynamicCache()
-        for i, held in enumerate(self.pool): cache.update(*(kv[slot].transpose(1, 2) for kv in held), i)        # (R, heads, L, D)
-        rows = CopiedRows(self.lm, (None, cache, self._on((own >= 0).astype(int))), torch.arange(len(nodes), device=self.lm.device))
-        logits = rows.step(self._on(self.nodes["token"][nodes]))
+        rows = self._rows(nodes, max(slots, len(nodes)))
+        with rows.at_work(): logits = rows.step(self._on(self.nodes["token"][nodes]))
         law, state = self.law(logits, None if self.before is None else self.before[self._on(nodes)])
         return law, rows, state
+
+    def _rows(self, nodes, slots):
+        "Rows that have read the question and the ancestors of some nodes."
+        root, read = len(self.prompt) - 1, self.depth[nodes][:, None]                   # the root's slot in the pool; (R, 1) ancestors
+        skip = root if self.shared else 0                                               # tokens of the question that aren't copied
+        own = np.arange(skip, root + read.max()) - (read.max() - read)                  # (R, L) position in the row's own text, padded on the left
+        above = np.take_along_axis(self.paths[nodes], (own - root).clip(0, self.paths.shape[1] - 1), 1)
+        slot = self._on(np.where(own < root, own.clip(0), root + above))                # (R, L)
+        held = [[kv[slot].transpose(1, 2) for kv in layer] for layer in self.pool]      # (R, heads, L, D) each
+        if self.shared:
+            ones, length = self._on(np.ones((1, root), int)), own.shape[1] + self.decoding.max_new_tokens
+            rows = SharedRows(self.lm, (None, self.question, ones), self._on(np.zeros(len(nodes), int)), length, slots)
+            rows.hold(held, self._on(read[:, 0]))
+            return rows
+        cache = DynamicCache()
+        for i, kvs in enumerate(held): cache.update(*kvs, i)
+        return CopiedRows(self.lm, (None, cache, self._on((own >= 0).astype(int))), torch.arange(len(nodes), device=self.lm.device))
 
     def _keep(self, new):
         "Read the newest nodes (R,) and keep their keys and values: law (R, V)."
         law, rows, state = self.view(new)
         first, last = len(self.prompt) - 1 + new[[0, -1]]
-        for held, layer in zip(self.pool, rows.cache.layers):
-            for k, kv in enumerate((layer.keys, layer.values)):
+        for held, newest in zip(self.pool, rows.newest()):
+            for k, kv in enumerate(newest):
                 if last >= len(held[k]): held[k] = torch.cat([held[k], held[k].new_zeros(last + 1, *held[k].shape[1:])])    # at least twice the room
-                held[k][first:last + 1] = kv[:, :, -1]
+                held[k][first:last + 1] = kv
         if state is not None: self.after = state if self.after is None else torch.cat([self.after, state])
         return law
 
@@ -183,22 +197,11 @@ def grow_from(
 ):                      # token tuples, whole answers (m,), and their log-probabilities (m,) under the decoding
     "Draws that go on from known prefixes."
     nodes, row = np.unique(node, return_inverse=True)
-    law, rows, state = tree.view(nodes)
-    whole, ends, limit = law, tree._on(tree.ends), tree.decoding.max_new_tokens
-    if without is not None: law = _leave_out(law, nodes, without)
-    tokens, parts = streams.new_full((len(node), limit), -1), streams.new_full((len(node), limit), ONE)
-    draw, row, room = torch.arange(len(node), device=streams.device), tree._on(row), tree._on(limit - tree.depth[node])     # (m,)
-    for t in range(limit):
-        token = _pick(law, row, stream_numbers(streams[draw], t))       # (m',)
-        tokens[draw, t], parts[draw, t] = token, whole[row, token]
-        on = ~torch.isin(token, ends) & (room[draw] > t + 1)
-        draw, row, token = draw[on], row[on], token[on]
-        if not len(draw): break
-        child, row = torch.unique(row * law.shape[1] + token, return_inverse=True)
-        parent, token = child // law.shape[1], child % law.shape[1]                     # (R',)
-        rows.arrange(parent)
-        law, state = tree.law(rows.step(token), None if state is None else state[parent])
-        whole = law
+    law, rows, state = tree.view(nodes, len(node))
+    row, draw = tree._on(row), torch.arange(len(node), device=streams.device)                   # (m,)
+    token = _pick(law if without is None else _leave_out(law, nodes, without), row, stream_numbers(streams, 0))
+    growth = Growth(tree.lm, tree.tok, streams, tree.decoding, tree.rule, len(node), room=tree._on(tree.decoding.max_new_tokens - tree.depth[node]))
+    first = growth.take(rows, token, torch.log(law[row, token].to(growth.logprobs.dtype) / ONE), draw, row, state, 0, law.shape[1])
+    tokens, logprobs = growth.run(rows, first)
     added = [tuple(t for t in line if t >= 0) for line in tokens.tolist()]
-    with np.errstate(divide="ignore"): logprobs = np.log(tree.nodes["p"][node]) + np.log(parts.cpu().numpy() / ONE).sum(1)
-    return [tree.tokens(v) + s for v, s in zip(node, added)], logprobs
+    with np.errstate(divide="ignore"): return [tree.tokens(v) + s for v, s in zip(node, added)], np.log(tree.nodes["p"][node]) + logprobs.cpu().numpy()
