@@ -5,7 +5,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/installed
 
-.PHONY: help demo test test-slow drift notebooks readme lab
+.PHONY: help demo test test-slow drift notebooks readme lab docs
 
 help:
 	@echo "make demo       unlearn with a small model on the CPU and write demo_report/index.html (3 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  the cells and tests flagged slow"
 	@echo "make notebooks  run every notebook, keep its outputs, write README.md"
 	@echo "make lab        JupyterLab on nbs/"
+	@echo "make docs       the documentation as a website, in _docs/index.html"
 
 # one thread is enough for small models; on a busy machine two were eight times slower than one
 demo: export OMP_NUM_THREADS ?= 1
@@ -47,6 +48,14 @@ readme: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
+
+# builds from the committed outputs; runs no notebook
+docs: $(VENV)/docs
+	$(BIN)/python nbs/build_docs.py
+
+$(VENV)/docs: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	@touch $@
 
 # installs again when the dependencies change
 $(READY): pyproject.toml constraints.txt

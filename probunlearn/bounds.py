@@ -178,7 +178,7 @@ def binary_bound(
     n, # draws per question, chosen in advance: a count or one per question
     alpha:float=0.01, # chance that this claim is wrong
     side:str="upper", # "upper", "lower" or "two-sided"
-    method:str="clopper-pearson",
+    method:str="clopper-pearson", # the only one: it is exact
 )->Bound:
     "Bound on the probability of a leak (Clopper and Pearson 1934); ValueError if leaks is not a whole number in 0..n, or of a stopped run."
     check_choice("method", method, ["clopper-pearson"])

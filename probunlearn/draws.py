@@ -16,7 +16,10 @@ import os
 import numpy as np
 
 # %% ../nbs/01_draws.ipynb #d3f56169
-def is_whole(value, least):
+def is_whole(
+    value,  # anything
+    least,  # the smallest number allowed
+):          # bool
     "Whether `value` is a whole number, and not below `least`."
     return isinstance(value, Real) and least <= value < float("inf") and value == int(value)
 

@@ -42,7 +42,7 @@ def chance_to_certify(
 class RunPlan:
     "What a run of n draws on each of several questions can and cannot certify (Clopper and Pearson 1934; Hoeffding 1956); ValueError on bad counts."
     n:int # draws per question
-    questions:int = 1
+    questions:int = 1 # questions
     alpha:float = 0.01 # chance that a claim is wrong
     tau:float = 0.01 # leak probability to stay below
 

@@ -32,7 +32,7 @@ def _neighbour(character, rng): # one up or down in ASCII, still visible
     return chr(min(max(ord(character) + rng.choice((-1, 1)), 33), 126))
 
 def perturb(
-    text:str,
+    text:str, # a question
     seed=0, # keys the random stream: any number or text
     sigma:float=0.4, # strength, in [0, 1]
     kinds=("scramble", "capitals", "noise"), # which of the three to apply
