@@ -33,7 +33,7 @@ pygments_style, pygments_dark_style = "friendly", "native"
 
 def _mathml(self, node):
     "Formulas as MathML, which browsers draw themselves: no script, nothing to download."
-    tex = re.sub(r"\\([bB]ig+)(?![a-zA-Z])", r"\\\1l", node.astext())
+    tex = re.sub(r"\\([bB]ig+)(?![a-zA-Z])", r"\\\1l", node.astext()).replace(r"\dots", r"\ldots")      # docutils' spellings
     try: self.body.append(str(tex2mathml(tex, as_block=isinstance(node, nodes.math_block))))
     except MathError as error: logging.getLogger(__name__).warning("formula %r: %s", tex, error, location=node)
     raise nodes.SkipNode
