@@ -132,13 +132,14 @@ def survival_band(
     score:str|Callable="score", # what was scored: a score's name, or your own words
     method:str="dkw", # how the band is made: "dkw", "smirnov" or "bj"
     ax=None, # axes to draw on
+    among:int=1, # bands that must all hold together, of which this is one: it is made at alpha / among
 )->plt.Axes: # the axes
     "Share of draws above every score t, with the two-sided band of `survival_bound`; ValueError as there."
     seen, count = _seen(x)
     t = np.unique(np.r_[0, seen, at, 1])
-    band = survival_bound(np.asanyarray(x, dtype=float), at=t, alpha=alpha, side="two-sided", method=method, missing="worst")
+    band = survival_bound(np.asanyarray(x, dtype=float), at=t, alpha=alpha/among, side="two-sided", method=method, missing="worst")
     low, high = band.value.T*(t < 1)  # (2, t); no score lies above 1
-    above, here, sure = np.array([np.mean(seen > s) for s in t]), np.searchsorted(t, at), confidence(alpha)
+    above, here, sure = np.array([np.mean(seen > s) for s in t]), np.searchsorted(t, at), confidence(alpha) + f" (all {among:,} settings)"*(among > 1)
     ax = _axes(ax)
     ax.fill_between(t, low, high, step="post", color=COLOURS["bound"], alpha=.2, lw=0, label=f"holds the truth with {sure}")
     ax.step(t, high, where="post", color=COLOURS["bound"], lw=1)
