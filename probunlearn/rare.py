@@ -18,7 +18,10 @@ from .scores import score_answers
 from .tree import exits, grow_from
 
 # %% ../nbs/12a_rare.ipynb #8e3773a4
-_BLOCK = 256     # draws that grow together
+def _block(tree, memory=512):
+    "How many draws grow together: as many as `memory` MB of keys and values hold, at most 1,024."
+    per_token = sum(kv[0].nbytes for layer in tree.pool for kv in layer)
+    return int(min(1024, max(1, memory * 2**20 // (2 * per_token * tree.decoding.max_new_tokens))))
 
 @dataclass
 class RestDraws(Draws):
@@ -29,10 +32,11 @@ def draw_rest(
     head: Enumeration,      # what not to draw again
     n: int,                 # draws, >= 1
     seed: int = 0,          # the same seed gives the same draws
-    block: int = _BLOCK,     # draws that grow together, at most 1,024
+    block: int = None,      # draws that grow together, at most 1,024; default: what 512 MB of keys and values hold
 ):                          # `RestDraws`; ValueError on n < 1, a bad block, or when nothing is left
     "Draw `n` independent answers that the enumeration did not find, without rejection (after Shi, Bieber and Singh 2020)."
     if not is_whole(n, 1): raise ValueError(f"n must be a whole number >= 1, got {n!r}")
+    block = _block(head.tree) if block is None else block
     if not (is_whole(block, 1) and block <= 1024): raise ValueError(f"block must be a whole number from 1 to 1,024, got {block!r}")
     if not head.open: raise ValueError("nothing is left to draw: the enumeration is complete, and its bound is certain")
     tree, sequences, logprobs = head.tree, [], []
@@ -123,7 +127,8 @@ def _from_beginnings(head, qa, texts, template, n, seed):
         starts.append(int(node[0]))
     streams = draw_streams(seed, f"{head.id}/proposal", 0, n, tree.lm.device)
     which = (stream_numbers(streams, head.decoding.max_new_tokens) % len(starts)).cpu().numpy()
-    sequences = sum((grow_from(tree, np.array(starts)[which[i:i + _BLOCK]], streams[i:i + _BLOCK])[0] for i in range(0, n, _BLOCK)), [])
+    block = _block(tree)
+    sequences = sum((grow_from(tree, np.array(starts)[which[i:i + block]], streams[i:i + block])[0] for i in range(0, n, block)), [])
     begun = [(tree.tokens(s), np.log(tree.nodes["p"][s])) for s in starts]
     def logprob(sequences):
         plain = sequence_logprobs(tree.lm, tree.tok, tree.prompt, sequences, head.decoding, tree.rule)
