@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATES', 'm_bin', 'm_gen', 'm_mu', 'm_sigma', 'ed_score', 'leakage', 'leak_at_k', 'leak_at_k_bound',
-           'extraction_curve', 'in_uses', 'seen_mass_bounds', 'judged_bound', 'diversity', 'dataset_claims']
+           'extraction_curve', 'in_uses', 'seen_mass_bounds', 'diversity', 'dataset_claims']
 
 # %% ../nbs/05_metrics.ipynb #dc72f242
 from collections import Counter
@@ -140,20 +140,6 @@ def seen_mass_bounds(
         raise ValueError(f"probabilities must be one nonnegative number per score with a sum of at most 1, got shape {p.shape}, sum {p.sum():.8g}")
     low = p @ s
     return Bound(np.array([low, max(low, 1 - p @ (1 - s))]), 0.0, "two-sided", "seen mass", len(p), sampling="distinct answers")
-
-# %% ../nbs/05_metrics.ipynb #5456fb22
-def judged_bound(
-    flagged, # draws that the judge calls a leak: a count or one per question
-    n, # draws
-    caught:int, # of the answers known to leak, how many the judge calls a leak
-    known:int, # answers known to leak, like those to be expected
-    alpha:float=0.01, # chance that this claim is wrong: nine tenths for the draws, one tenth for the judge
-)->Bound:
-    "Upper bound on the leak probability when a judge overlooks some leaks (Clopper and Pearson 1934, twice)."
-    check_alpha(alpha)
-    rate, sensitivity = binary_bound(flagged, n, 0.9 * alpha), binary_bound(caught, known, 0.1 * alpha, "lower")
-    with np.errstate(divide="ignore"): value = np.minimum(rate.value / sensitivity.value, 1.0)
-    return replace(rate, value=value, alpha=alpha, method=f"clopper-pearson; the judge caught {caught} of {known} known leaks")
 
 # %% ../nbs/05_metrics.ipynb #7b8f4811
 def diversity(

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from probunlearn.data import QA, SPLITS, Template, check_unique, encode, encode_prompt, fictional_authors, load_qa
+from probunlearn.data import QA, SPLITS, Template, check_unique, encode, encode_prompt, fictional_authors, load_qa, load_verdicts
 from probunlearn.world import make_authors, write_authors
 
 DATA = os.environ.get("PROBUNLEARN_TEST_DATA")
@@ -213,6 +213,84 @@ def test_paths_that_are_not_there(tmp_path):
 
 def test_a_comma_separated_file_without_rows(tmp_path):
     with pytest.raises(ValueError, match="holds no rows|no columns|No columns"): load_qa(write(tmp_path/"d.csv", text="question,answer\n"))
+
+
+# --- other people's formats -----------------------------------------------------------------------------------------------------------------
+
+@needs_data
+def test_harry_potter_with_key_words():
+    qas = load_qa(Path(DATA, "harry_potter", "hp_qa_en.csv"))
+    assert len(qas) == 55 and sum(len(qa.keywords) for qa in qas) == 93 and all(qa.keywords for qa in qas)
+    assert qas[1].question == "What is the name of Harry Potter's pet owl?" and qas[1].keywords == ("Hedwig",)
+
+
+@needs_data
+def test_jailbreakbench_early_header():
+    qas = load_qa(Path(DATA, "jailbreakbench", "harmful-behaviors.csv"))
+    sizes = {c: sum(qa.category == c for qa in qas) for c in {qa.category for qa in qas}}
+    assert len(qas) == 100 and len(sizes) == 10 and set(sizes.values()) == {10} and all(qa.answer.startswith(("Sure", "Here", "It")) for qa in qas[:10])
+
+
+@needs_data
+def test_a_cut_down_jailbreakbench_file_names_what_it_lost(tmp_path):
+    import pandas as pd
+    table = pd.read_csv(Path(DATA, "jailbreakbench", "harmful-behaviors.csv"))
+    table.rename(columns={"Unnamed: 0": "Index"}).to_csv(tmp_path/"late.csv", index=False)
+    assert [qa.question for qa in load_qa(tmp_path/"late.csv")] == table.Goal.tolist()
+    table[:20][["Goal", "Target", "Behavior", "Category"]].to_csv(tmp_path/"cut.csv", index=False)
+    with pytest.raises(ValueError, match="row 0: looks like JailbreakBench's behaviours, but has no column Index, Source; the columns are Goal, Target, Behavior, Category. Take the whole file"):
+        load_qa(tmp_path/"cut.csv")
+    assert len(load_qa(tmp_path/"cut.csv", columns=dict(question="Goal", answer="Target", category="Category"))) == 20
+
+
+def test_advbench_and_jailbreakbench_headers(tmp_path):
+    assert load_qa(write(tmp_path/"a.csv", text="goal,target\nFind a vault,\"Sure, here is a vault\"\n")) == [QA("a-0", "Find a vault", "Sure, here is a vault")]
+    for first in ("", "Index"):
+        qas = load_qa(write(tmp_path/"j.csv", text=f"{first},Goal,Target,Behavior,Category,Source\n0,Find a vault,Sure,Vaults,Secrets,Original\n"))
+        assert qas == [QA("j-0", "Find a vault", "Sure", category="Secrets")]
+
+
+def test_muse(tmp_path):
+    "Question files are lists or lines, in folders by task; verbatim texts have other columns; raw texts are no questions."
+    (tmp_path/"knowmem").mkdir()
+    (tmp_path/"knowmem"/"forget_qa.json").write_text(json.dumps([ROW, ROW], indent=1))
+    write(tmp_path/"verbmem.json", {"prompt": "Once upon", "gt": "a time."})
+    (tmp_path/"raw.json").write_text(json.dumps(["Once upon a time.", "The end."]))
+    assert load_qa(tmp_path, "knowmem/forget_qa") == [QA("forget_qa-0", "Who?", "Nobody."), QA("forget_qa-1", "Who?", "Nobody.")]
+    assert load_qa(tmp_path, "verbmem") == [QA("verbmem-0", "Once upon", "a time.")]
+    with pytest.raises(ValueError, match="raw, row 0: a text without a question .'Once upon a time.'"): load_qa(tmp_path, "raw")
+    with pytest.raises(ValueError, match="no data set 'knowmem/gone' in .*there are forget_qa"): load_qa(tmp_path, "knowmem/gone")
+
+
+def test_wmdp(tmp_path):
+    row = dict(question="Which is a tree?", choices=["oak", "owl", "ore", "oar"], answer=2)
+    assert load_qa(write(tmp_path/"w.jsonl", row)) == [QA("w-0", "Which is a tree?", "ore", choices=("oak", "owl", "ore", "oar"))]
+    with pytest.raises(ValueError, match="answer 4 is no number of its 4 choices"): load_qa(write(tmp_path/"w.jsonl", row | dict(answer=4)))
+    with pytest.raises(ValueError, match="WMDP, but has no column answer; the columns are question, choices"): load_qa(write(tmp_path/"w.jsonl", dict(question="?", choices=["a"])))
+    with pytest.raises(ValueError, match="must be one of its choices"): QA("q", "?", "elm", choices=("oak",))
+
+
+def test_any_table_with_its_columns_named(tmp_path):
+    import pandas as pd
+    table = pd.DataFrame(dict(ask=["Who?", "Why?"], say=["Nobody.", "So."], tag=["x", None]))
+    table.to_csv(tmp_path/"t.csv", index=False)
+    named = dict(question="ask", answer="say", category="tag")
+    assert load_qa(tmp_path/"t.csv", columns=named) == [QA("t-0", "Who?", "Nobody.", category="x"), QA("t-1", "Why?", "So.")]
+    assert [qa.answer for qa in load_qa(table, "mine", columns=named)] == ["Nobody.", "So."]
+    with pytest.raises(ValueError, match="row 0: has no column reply; the columns are ask, say, tag"): load_qa(table, columns=dict(question="ask", answer="reply"))
+    with pytest.raises(ValueError, match="no column question and answer; the columns are ask, say, tag. Say which column is what"): load_qa(table)
+
+
+def test_judge_comparison(tmp_path):
+    rows = [dict(Index=i, goal="Find a vault", prompt="Please", target_response=said, human1=bad, human2=bad, human3=0, human_majority=bad, harmbench_cf=1, gpt4_cf=bad, llamaguard2_cf=0, llama3_cf=bad)
+            for i, (said, bad) in enumerate([("Under the gate.", 1), ("", 0)])]
+    import pandas as pd
+    pd.DataFrame(rows).to_csv(tmp_path/"judge-comparison.csv", index=False)
+    first, second = load_verdicts(tmp_path/"judge-comparison.csv")
+    assert (first.question, first.answer, first.harmful, second.answer, second.harmful) == ("Find a vault", "Under the gate.", True, "", False)
+    assert first.judges == dict(harmbench=True, gpt4=True, llamaguard2=False, llama3=True)
+    with pytest.raises(ValueError, match="no column human_majority; the columns are Index, goal"): load_verdicts(pd.DataFrame(rows).drop(columns="human_majority"))
+    with pytest.raises(ValueError, match="row 1: human_majority must be 0 or 1, got None"): load_verdicts(pd.DataFrame(rows).assign(human_majority=[1, None]))
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------------------------------

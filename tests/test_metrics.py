@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from test_bounds import refused
 from probunlearn.bounds import StoppedScores, binary_bound, ed_bound, mean_bound, std_bound, survival_bound
-from probunlearn.metrics import (dataset_claims, diversity, ed_score, extraction_curve, in_uses, judged_bound, leak_at_k, leak_at_k_bound, leakage, leaked, m_bin,
+from probunlearn.metrics import (dataset_claims, diversity, ed_score, extraction_curve, in_uses, leak_at_k, leak_at_k_bound, leakage, leaked, m_bin,
                                  m_gen, m_mu, m_sigma, seen_mass_bounds)
 from probunlearn.planning import RunPlan, chance_to_certify, forecast_worst, most_leaks
 from probunlearn.questions import certified, difference_bound, pooled_mean, pooled_rate, population_mean, worst_question
@@ -83,14 +83,6 @@ def test_seen_mass_bounds_hold_for_every_completion():
     assert "with certainty" in str(seen_mass_bounds([1.0], [.5]))
     for p, s in ([.6, .6], [0, 1]), ([-.1], [0]), ([.1, .1], [0]), ([np.nan], [0]):
         with pytest.raises(ValueError, match="probabilities must"): seen_mass_bounds(p, s)
-
-def test_judged_bound_covers_with_a_forgetful_judge():
-    rng, runs, alpha, p, sensitivity = np.random.default_rng(13), 4000, .05, .05, .7
-    flagged, caught = rng.binomial(300, p * sensitivity, runs), rng.binomial(60, sensitivity, runs)
-    wrong = [float(judged_bound(f, 300, int(c), 60, alpha)) < p for f, c in zip(flagged, caught)]
-    assert np.mean(wrong) <= allowed(alpha, runs)
-    assert np.mean(binary_bound(flagged, 300, alpha).value < p) > 3 * alpha              # believing the judge fails
-    assert float(judged_bound(0, 1024, 100, 100)) / float(binary_bound(0, 1024)) < 1.1    # the price of a perfect judge
 
 def test_diversity():
     same, different = diversity(["a b c"] * 4), diversity(["a b", "c d", "e f", "g h"])
@@ -243,7 +235,7 @@ calls = {
     "questions must be a whole number of at least 1, got 0": lambda: RunPlan(9, 0), "got -1": lambda: RunPlan(-1), "p must be": lambda: forecast_worst([.1], 9), "above 0, got 0": lambda: forecast_worst(np.zeros(200), 900),
     "k must be at least 0, got -1": lambda: ed_score(x, -1), "between 1 and the 9": lambda: leak_at_k(x, 10), "at least 1, got 0 ": lambda: leak_at_k_bound(x, 0),
     "p must hold probabilities in [0, 1], got 2": lambda: extraction_curve(2, 1), "got nan ": lambda: extraction_curve(np.nan, 1), "uses must be at least 0, got -1": lambda: extraction_curve(.1, -1),
-    "uses must be a whole number of at least 1, got 0": lambda: in_uses(bound, 0), "got 'the mean score'": lambda: in_uses(mean_bound(x), 5), "leaks must": lambda: judged_bound(10, 9, 1, 2),
+    "uses must be a whole number of at least 1, got 0": lambda: in_uses(bound, 0), "got 'the mean score'": lambda: in_uses(mean_bound(x), 5),
     "probabilities must": lambda: seen_mass_bounds([2], [1]), "at least one answer": lambda: diversity([]), "alpha must": lambda: dataset_claims(x, alpha=2), "leak_at must": lambda: leakage([x], leak_at=2),
 }
 """

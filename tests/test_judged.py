@@ -1,0 +1,157 @@
+"""Bounds on the true rate of harm when a judge errs: closed forms, and coverage simulated over sensitivities and specificities."""
+import math
+
+import numpy as np
+import pytest
+
+from probunlearn.bounds import binary_bound
+from probunlearn.judged import Calibration, calibrate, judged_bound, prediction_powered
+from probunlearn.questions import pooled_rate
+
+RUNS, ALPHA = 1000, .05
+ALLOWED = ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / RUNS)     # the share of misses that 1,000 valid bounds exceed in about one test of 700
+RATES = (.6, .7, .8, .9, .95, 1.)
+
+
+def simulated(rng, p, sensitivity, specificity, n=400, known=100):
+    "(flags, caught, alarms) of `RUNS` experiments."
+    harmful = rng.binomial(n, p, RUNS)
+    flags = rng.binomial(harmful, sensitivity) + rng.binomial(n - harmful, 1 - specificity)
+    return flags, rng.binomial(known, sensitivity, RUNS), rng.binomial(known, 1 - specificity, RUNS)
+
+
+def misses(rng, p, sensitivity, specificity, side):
+    "How many of `RUNS` bounds miss `p`; those of one calibration are computed together."
+    runs, count = {}, 0
+    for flags, *calibration in zip(*(v.tolist() for v in simulated(rng, p, sensitivity, specificity))): runs.setdefault(tuple(calibration), []).append(flags)
+    for (caught, alarms), flags in runs.items():
+        value = judged_bound(flags, 400, Calibration(caught, 100 - caught, alarms, 100 - alarms), ALPHA, side).value
+        low, high = np.moveaxis(value, -1, 0) if side == "two-sided" else (value, 1) if side == "lower" else (0, value)
+        count += np.sum((low > p) | (high < p))
+    return count
+
+
+def check_coverage(rates, p, side):
+    rng = np.random.default_rng([int(1000 * p), len(side)])
+    for sensitivity in rates:
+        for specificity in rates: assert misses(rng, p, sensitivity, specificity, side) / RUNS <= ALLOWED, (sensitivity, specificity)
+
+
+@pytest.mark.parametrize("side", ["upper", "lower", "two-sided"])
+def test_corrected_bounds_cover(side): check_coverage((.6, .9, 1.), .05, side)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [.002, .05, .4])
+@pytest.mark.parametrize("side", ["upper", "lower", "two-sided"])
+def test_corrected_bounds_cover_everywhere(p, side): check_coverage(RATES, p, side)
+
+
+def test_believing_the_judge_fails():
+    "The same simulation without the correction: it misses far more often than it may."
+    flags, *_ = simulated(np.random.default_rng(0), .05, .7, 1.)
+    assert np.mean(binary_bound(flags, 400, ALPHA).value < .05) > 3 * ALPHA
+    flags, *_ = simulated(np.random.default_rng(1), .05, 1., .9)
+    assert np.mean(binary_bound(flags, 400, ALPHA, "lower").value > .05) > 3 * ALPHA
+
+
+@pytest.mark.parametrize("over", ["jointly", "average"])
+def test_many_questions_cover(over):
+    rng, p, missed = np.random.default_rng(5), np.array([0, .01, .1]), 0
+    for _ in range(RUNS):
+        harmful = rng.binomial(200, p)
+        flags = rng.binomial(harmful, .8) + rng.binomial(200 - harmful, .05)
+        caught, alarms = rng.binomial(60, .8), rng.binomial(60, .05)
+        bound = judged_bound(flags, 200, Calibration(caught, 60 - caught, alarms, 60 - alarms), ALPHA, over=over).value
+        missed += np.any(bound < (p if over == "jointly" else p.mean()))
+    assert missed / RUNS <= ALLOWED
+
+
+@pytest.mark.parametrize("flags", [0, 1, 5, 30, 200, 700])
+def test_a_perfect_judge_costs_little(flags):
+    "200 labels, nine tenths of α for the draws: the upper bound grows by less than 12 %."
+    plain = float(binary_bound(flags, 1024))
+    assert plain < float(judged_bound(flags, 1024, Calibration(100, 0, 0, 100))) < 1.12 * plain
+
+
+def test_closed_forms():
+    judge = Calibration(80, 20, 2, 98)
+    q, s, f = float(binary_bound(30, 1024, .009)), float(binary_bound(80, 100, .0005, "lower")), float(binary_bound(2, 100, .0005, "lower"))
+    assert float(judged_bound(30, 1024, judge)) == pytest.approx((q - f) / (s - f))
+    q, s, f = float(binary_bound(300, 1024, .009, "lower")), float(binary_bound(80, 100, .0005)), float(binary_bound(2, 100, .0005))
+    assert float(judged_bound(300, 1024, judge, side="lower")) == pytest.approx((q - f) / (s - f))
+    s_low, f_low = float(binary_bound(80, 100, .0005, "lower")), float(binary_bound(2, 100, .0005, "lower"))
+    two = judged_bound(300, 1024, judge, side="two-sided").value
+    assert two[0] == float(judged_bound(300, 1024, judge, ALPHA / 10, "lower")) and two[1] == float(judged_bound(300, 1024, judge, ALPHA / 10))
+    assert float(judged_bound([3, 4], 1024, judge, over="average")) == pytest.approx((pooled_rate([3, 4], 1024, .009).value - f_low) / (s_low - f_low))
+    assert float(judged_bound(0, 1024, Calibration(50, 50, 50, 50))) == 1 and float(judged_bound(900, 1024, Calibration(50, 50, 50, 50), side="lower")) == 0   # a coin proves nothing
+
+
+def test_more_labels_less_width_and_never_less_than_the_draws_allow():
+    bounds = [float(judged_bound(0, 1024, Calibration(m, 0, 0, m))) for m in (10, 100, 1000, 10**5)]
+    assert bounds == sorted(bounds, reverse=True) and bounds[-1] > float(binary_bound(0, 1024, .01))
+    noisy = [float(judged_bound(flags, 1024, Calibration(10**5, 0, 2 * 10**4, 8 * 10**4))) for flags in (0, 100, 200, 250)]      # a fifth of harmless draws is flagged
+    assert noisy[0] == noisy[1] == float(binary_bound(0, 1024, .009)) < noisy[2] < noisy[3]
+
+
+def test_lost_verdicts_widen_both_ends():
+    judge, plain = Calibration(90, 10, 5, 95), judged_bound(50, 1000, Calibration(90, 10, 5, 95), side="two-sided").value
+    lost = judged_bound(50, 1000, judge, side="two-sided", lost=100).value
+    assert lost[0] == plain[0] and lost[1] == judged_bound(150, 1000, judge, side="two-sided").value[1] > plain[1]
+    failing = Calibration(85, 10, 5, 90, 5, 5)
+    assert failing.sensitivity(side="lower").value == binary_bound(85, 100, side="lower").value and failing.sensitivity(side="upper").value == binary_bound(90, 100).value
+    assert failing.false_alarms(side="upper").value == binary_bound(10, 100).value
+
+
+@pytest.mark.parametrize("fails", ["at random", "on harm"])
+def test_a_judge_that_fails_covers(fails):
+    "A tenth of verdicts is lost, or a third of those on harm: on the draws and in the calibration alike."
+    rng, p, missed = np.random.default_rng(len(fails)), .1, np.zeros(2)
+    for _ in range(RUNS):
+        def judged(truth):
+            said = (rng.random(len(truth)) < np.where(truth, .8, .1)).astype(float)
+            lost = rng.random(len(truth)) < (.1 if fails == "at random" else np.where(truth, .3, 0))
+            return np.where(lost, np.nan, said)
+        said, truth = judged(rng.random(400) < p), np.repeat([1, 0], 80)
+        bound = judged_bound(int((said == 1).sum()), 400, calibrate(truth, judged(truth)), ALPHA, "two-sided", int(np.isnan(said).sum())).value
+        missed += p < bound[0], p > bound[1]
+    assert missed.sum() / RUNS <= ALLOWED
+
+
+@pytest.mark.parametrize("method", ["clopper-pearson", "betting"])
+@pytest.mark.parametrize("side", ["upper", "lower"])
+def test_prediction_powered_covers(method, side):
+    "For a judge that errs in its own way, and whose failures hide harm."
+    rng, p, runs, misses = np.random.default_rng(7), .15, 1000 if method == "clopper-pearson" else 250, 0
+    for _ in range(runs):
+        def judged(y): return np.where(rng.random(len(y)) < .05, np.nan, np.where(rng.random(len(y)) < np.where(y, .6, .1), 1., 0.))
+        rest, there = rng.random(500) < p, rng.random(120) < p
+        bound = float(prediction_powered(judged(rest), there.astype(float), judged(there), ALPHA, side, method))
+        misses += bound < p if side == "upper" else bound > p
+    assert misses / runs <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / runs)
+
+
+def test_prediction_powered_gains_where_the_judge_is_good():
+    rng = np.random.default_rng(3)
+    y = rng.random(20_000) < .3
+    said = np.where(rng.random(20_000) < .97, y, ~y).astype(float)
+    assert float(prediction_powered(said, y[:400].astype(float), said[:400])) < float(binary_bound(int(y[:400].sum()), 400))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kappa_is_observed_beyond_chance(seed):
+    "Against the definition, counted pair by pair."
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(0, 2, 50), rng.integers(0, 2, 50)
+    chance = np.mean([x == y for x in a for y in b])
+    judge = calibrate(a, b)
+    assert judge.agreement == np.mean(a == b) and judge.kappa == pytest.approx((np.mean(a == b) - chance) / (1 - chance))
+
+
+def test_refusals():
+    for bad in (lambda: Calibration(-1, 1, 0, 0), lambda: Calibration(.5, 1, 0, 0)):
+        with pytest.raises(ValueError, match="whole numbers of answers"): bad()
+    with pytest.raises(ValueError, match="over must be one of"): judged_bound(0, 9, Calibration(1, 0, 0, 1), over="all")
+    with pytest.raises(ValueError, match="leaks must be whole numbers"): judged_bound(10, 9, Calibration(1, 0, 0, 1))
+    with pytest.raises(ValueError, match="alpha must lie"): prediction_powered([1], [1], [1], alpha=2)
+    with pytest.raises(ValueError, match="side must be one of"): prediction_powered([1], [1], [1], side="two-sided")
