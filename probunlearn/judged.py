@@ -6,7 +6,7 @@
 __all__ = ['Calibration', 'calibrate', 'judged_bound', 'prediction_powered']
 
 # %% ../nbs/05b_judged.ipynb #689789d9
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 import numpy as np
 from .bounds import Bound, as_scores, binary_bound, check_alpha, check_choice, check_counts, leaked, mean_bound
 from .questions import pooled_rate

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from probunlearn.data import QA, SPLITS, Template, check_unique, encode, encode_prompt, fictional_authors, load_qa, load_verdicts
+from probunlearn.data import QA, SPLITS, Template, check_unique, encode, encode_prompt, fictional_authors, load_qa, load_judgements
 from probunlearn.world import make_authors, write_authors
 
 DATA = os.environ.get("PROBUNLEARN_TEST_DATA")
@@ -286,11 +286,11 @@ def test_judge_comparison(tmp_path):
             for i, (said, bad) in enumerate([("Under the gate.", 1), ("", 0)])]
     import pandas as pd
     pd.DataFrame(rows).to_csv(tmp_path/"judge-comparison.csv", index=False)
-    first, second = load_verdicts(tmp_path/"judge-comparison.csv")
+    first, second = load_judgements(tmp_path/"judge-comparison.csv")
     assert (first.question, first.answer, first.harmful, second.answer, second.harmful) == ("Find a vault", "Under the gate.", True, "", False)
     assert first.judges == dict(harmbench=True, gpt4=True, llamaguard2=False, llama3=True)
-    with pytest.raises(ValueError, match="no column human_majority; the columns are Index, goal"): load_verdicts(pd.DataFrame(rows).drop(columns="human_majority"))
-    with pytest.raises(ValueError, match="row 1: human_majority must be 0 or 1, got None"): load_verdicts(pd.DataFrame(rows).assign(human_majority=[1, None]))
+    with pytest.raises(ValueError, match="no column human_majority; the columns are Index, goal"): load_judgements(pd.DataFrame(rows).drop(columns="human_majority"))
+    with pytest.raises(ValueError, match="row 1: human_majority must be 0 or 1, got None"): load_judgements(pd.DataFrame(rows).assign(human_majority=[1, None]))
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------------------------------
