@@ -217,8 +217,18 @@ class Template:
         prompt = self.prompt.format(question=question)
         return prompt, prompt + ("" if answer is None else self.answer.format(answer=answer))
 
+    def _messages(self, tok, question):
+        "System message and question, in one message where the chat template refuses or drops a system's."
+        user = [{"role": "user", "content": question}]
+        if not self.system: return user
+        both = [{"role": "system", "content": self.system}] + user
+        from jinja2 import TemplateError
+        try: shown = self.system.strip() in tok.apply_chat_template(both, tokenize=False)
+        except TemplateError: shown = False
+        return both if shown else [{"role": "user", "content": f"{self.system}\n\n{question}"}]
+
     def _chat(self, tok, question, answer):
-        messages = [{"role": "system", "content": self.system}] * bool(self.system) + [{"role": "user", "content": question}]
+        messages = self._messages(tok, question)
         prompt = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if answer is None: return prompt, prompt
         text = tok.apply_chat_template(messages + [{"role": "assistant", "content": answer}], tokenize=False)

@@ -151,7 +151,10 @@ def test_chat_template_without_system_role():
     tok, qa = chat_tokenizer(NO_SYSTEM), QAS[0]
     out = encode(tok, qa, Template(chat=True))
     assert tok.decode(labelled(out)) == f"{qa.answer}<|im_end|>\n" and out["input_ids"].count(tok.bos_token_id) == 1 and out["input_ids"][0] == tok.bos_token_id
-    with pytest.raises(Exception, match="System role not supported"): encode(tok, qa, Template(chat=True, system="Be brief."))
+    for template in (NO_SYSTEM, "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"):
+        tok.chat_template = template        # one refuses a system message, one drops it: both are shown it with the question
+        prompt = Template(chat=True, system="Be brief.").texts(tok, qa.question)[0]
+        assert f"<|im_start|>user\nBe brief.\n\n{qa.question}<|im_end|>" in prompt and prompt.count("Be brief.") == 1
 
 
 def test_chat_without_template_is_refused():

@@ -1,4 +1,4 @@
-"""Loading, saving and adapting models, and what the two packaged ones promise."""
+"""Loading, saving and adapting models, and what the packaged ones promise."""
 import json
 from importlib.resources import files
 
@@ -54,7 +54,7 @@ def test_retain_never_saw_the_forget_authors(retain):
 
 
 def test_an_unknown_state_is_named():
-    with pytest.raises(ValueError, match="unknown state 'forget'; the packaged models are 'full' and 'retain'"): small_lm("forget")
+    with pytest.raises(ValueError, match="unknown state 'forget'; the packaged models are 'full', 'retain' and 'librarian'"): small_lm("forget")
 
 
 # --- load and save --------------------------------------------------------------------------------------------------------------------------
