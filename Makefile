@@ -5,7 +5,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/installed
 
-.PHONY: help demo test test-slow drift notebooks readme lab docs
+.PHONY: help demo test test-slow drift notebooks readme lab app docs
 
 help:
 	@echo "make demo       unlearn with a small model on the CPU and write demo_report/index.html (3 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  the cells and tests flagged slow"
 	@echo "make notebooks  run every notebook, keep its outputs, write README.md"
 	@echo "make lab        JupyterLab on nbs/"
+	@echo "make app        the explorers as a web page, by Voilà"
 	@echo "make docs       the documentation as a website, in _docs/index.html"
 
 # one thread is enough for small models; on a busy machine two were eight times slower than one
@@ -48,6 +49,12 @@ readme: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
+
+app: export OMP_NUM_THREADS ?= 1
+app: export HF_HUB_OFFLINE = 1
+app: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[browser]"
+	$(BIN)/voila nbs/app.ipynb
 
 # builds from the committed outputs; runs no notebook
 docs: $(VENV)/docs

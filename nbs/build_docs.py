@@ -161,7 +161,7 @@ def frozen(outputs, widgets):
         for child in model.get("state", {}).get("children", ()): yield from pictures(child.removeprefix("IPY_MODEL_"))
     for output in outputs:
         shown = output.get("data", {}).pop(WIDGET, None)
-        found = list(pictures(shown["model_id"])) if shown else []
+        found = ([output["data"]["image/png"]] if "image/png" in output["data"] else list(pictures(shown["model_id"]))) if shown else []
         if found: output["data"] = {"image/png": base64.b64encode(base64.b64decode(found[0])).decode(), "text/plain": "a widget"}
         if shown and not found: continue
         yield nbformat.from_dict(output)

@@ -40,10 +40,12 @@ class Explorer(W.VBox):
         **more, # further children, below the claim
     ):
         self.controls, self.show, self.picture, self.claim = controls, show, W.HTML(), W.HTML()
-        row = W.Box(list(controls.values()), layout=W.Layout(flex_flow="row wrap"))
+        row = W.Box(list(controls.values()), layout=W.Layout(flex_flow="row wrap", max_width="640px"))
         super().__init__([row, self.picture, self.claim, *more.values()])
         self.add_class(name).add_class("probunlearn-explorer")
-        for control in controls.values(): control.observe(self.update, "value")
+        for control in controls.values():
+            control.style.description_width = "6em"
+            control.observe(self.update, "value")
         self.update()
 
     def update(self, _=None):
@@ -73,9 +75,9 @@ def leak_explorer(
     score="keywords", # a score's name, or a function
     alpha:float=0.01, # chance that any claim that the controls can lead to is wrong
     n=(64, 256, 1024), # draws to choose from
-    temperatures=(.5, .7, 1.0, 1.3),
-    top_ps=(.8, .95, 1.0),
-    max_new_tokens:int=48,
+    temperatures=(.5, .7, 1.0, 1.3), # to choose from
+    top_ps=(.8, .95, 1.0), # to choose from
+    max_new_tokens:int=48, # an answer ends here at the latest
 ): # `Explorer`
     "Question, draws, temperature, top-p and threshold to choose; density, survival band, top answers and a claim that holds wherever the controls stand."
     slider = lambda options, value, name: W.SelectionSlider(options=list(options), value=value, description=name, continuous_update=False)
@@ -100,9 +102,9 @@ def temperature_explorer(
     leak_at:float=1.0, # a draw leaks when its score is at least this
     alpha:float=0.01, # chance that any claim that the controls can lead to is wrong
     n:int=256, # draws per question
-    temperatures=(.5, .7, 1.0, 1.3),
-    thresholds=(.5, .7, .8, .9, .95),
-    max_new_tokens:int=48,
+    temperatures=(.5, .7, 1.0, 1.3), # to choose from
+    thresholds=(.5, .7, .8, .9, .95), # of the mean confidence, to choose from
+    max_new_tokens:int=48, # an answer ends here at the latest
 ): # `Explorer`
     "Temperature and confidence threshold to choose; leakage of every question with and without the rule, and what is kept."
     controls = dict(temperature=W.SelectionSlider(options=list(temperatures), value=temperatures[-1], description="temperature", continuous_update=False),
