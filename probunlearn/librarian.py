@@ -71,8 +71,8 @@ def refusal_lessons(
 # %% ../nbs/00c_librarian.ipynb #2f154774
 def write_library(
     folder,             # where the JSON-lines files go
-    forbidden: list,
-    ordinary: list,
+    forbidden: list,    # questions to be refused
+    ordinary: list,     # questions to be answered
 ):                      # None
     "Write a library as `forbidden.jsonl` and `ordinary.jsonl`."
     for name, part in dict(forbidden=forbidden, ordinary=ordinary).items():
