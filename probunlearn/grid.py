@@ -145,7 +145,7 @@ class Grid:
         return pd.Series(pairs, dtype=float, name="bound with entropy / without").sort_values()
 
     def plot(self, against="retain", ax=None):
-        "Leak bound against what is kept: `retain` (greedy score) or `retain_distinct` (share of distinct answers)."
+        "Leak bound against what is kept: `retain` (greedy score), `retain_draws` (mean score of draws) or `retain_distinct` (share of distinct answers)."
         import matplotlib.pyplot as plt
         ax, frame, means, gains = ax or plt.subplots(figsize=(6, 4.5))[1], self.to_frame(), self.means(), self.gains()
         sharp = frame.name.str.endswith(ENTROPY)
@@ -171,7 +171,8 @@ def verdict(
     "Why a configuration failed, in a few words."
     if "failed" in rows and rows.failed.notna().any(): return "training broke down"
     if rows.retain.mean() < floor: return f"retain below {floor:g}"
-    return f"bound above {gain:g}" if rows.bound.mean() > gain else ""
+    if rows.bound.mean() > gain: return f"bound above {gain:g}"
+    return "says nothing" if "empty" in rows and rows["empty"].mean() > .5 else ""
 
 _COLUMNS = dict(greedy="greedy leaks", bound="average P(leak) ≤", worst="worst P(leak) ≤", retain="retain, greedy", retain_draws="retain, draws", distinct="distinct on forget",
                 retain_distinct="distinct on retain", words="words", empty="empty", training_seconds="training s")

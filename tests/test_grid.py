@@ -123,6 +123,11 @@ def test_splits_are_told_apart():
 def test_verdicts(bound, retain, expected): assert verdict(pd.DataFrame([row("a", bound, retain)])) == expected
 
 
+def test_a_model_that_has_fallen_silent_is_called_so():
+    assert verdict(pd.DataFrame([row("a", .1, empty=.9), row("a", .1, empty=.6, seed=1)])) == "says nothing"
+    assert verdict(pd.DataFrame([row("a", .1, empty=.9), row("a", .1, empty=0., seed=1)])) == ""
+
+
 def test_a_grid_survives_a_file(tmp_path):
     grid = Grid([row("a", .2, .9, retain_distinct=.5), row("b", 1e-3, .7, 1, retain_distinct=.25)])
     grid.to_frame().to_csv(tmp_path/"grid.csv", index=False)
