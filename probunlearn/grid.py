@@ -41,7 +41,7 @@ class Cell:
 
 def grid_cells(
     configs: dict,          # name → `UnlearnConfig`
-    seeds=(0, 1, 2),
+    seeds=(0, 1, 2),        # of each configuration
     entropy: dict = None,   # settings of the entropy term; with them each configuration is run without and with it
     splits=("forget10",),   # names of what is forgotten
     lora: int = 0,          # rank of the adapters; 0 trains all weights
@@ -52,7 +52,7 @@ def grid_cells(
     return [Cell(name, replace(config, seed=seed), split, lora) for seed in seeds for split in splits for name, config in (configs | sharp).items()]
 
 def take_shard(
-    cells: list,
+    cells: list,    # of `grid_cells`
     shard: str,     # "i/N": this machine is number i of N, counted from 0
 ):                  # list of `Cell`; ValueError on another form
     "The cells of one machine."
@@ -73,8 +73,9 @@ def _of_cell(settings, cell):
 
 def run_cell(
     lm, tok,                        # the model to unlearn; it stays as it is
-    cell: Cell,
-    forget: list, retain: list,
+    cell: Cell,                     # what is done
+    forget: list,                   # records to forget
+    retain: list,                   # records to keep
     asked: list,                    # retain questions that are asked afterwards
     template: Template = Template(),
     **options,                      # as in `evaluate`: n, score, leak_at, alpha, decoding, seed
@@ -115,7 +116,7 @@ def run_grid(
     return read_grid(folder)
 
 # %% ../nbs/16b_grid.ipynb #89c1f1d4
-@dataclass
+@dataclass(repr=False)
 class Grid:
     "The rows of a grid: one per cell."
     rows: list                  # dicts with name, split, seed and what `run_cell` gave
@@ -159,6 +160,8 @@ class Grid:
         ax.set(yscale="log", xlabel=_COLUMNS[against], ylabel=_COLUMNS["bound"], title=title)
         ax.legend(fontsize=7)
         return ax
+
+    def __repr__(self): return self.table().to_string()
 
     def _repr_html_(self):
         return f"{self.table().style.format(precision=4)._repr_html_()}<p>Each bound holds with {confidence(self.alpha)} for its cell alone; {len(self.rows)} cells.</p>"
