@@ -130,9 +130,10 @@ def link(name, book):
 
 def prose(text, book, path):
     "Markdown with public names and module names linked; headings, links and fenced code stay as they are."
+    names = book.public.keys() - book.words.keys() if path.parent.name == "docs" else book.linked
     def linked(m):
-        if m[1] in book.linked: return link(m[1], book)
-        if m[1] in book.modules and book.modules[m[1]] != path: return f"[`{m[1]}`]({relpath(book.modules[m[1]], path.parent)})"
+        if m[1] in names: return link(m[1], book)
+        if m[1] in book.modules.keys() - book.words.keys() and book.modules[m[1]] != path: return f"[`{m[1]}`]({relpath(book.modules[m[1]], path.parent)})"
         return m[0]
     parts = re.split(r"(^```.*?^```|^#.*?$|\[[^\]\n]*\]\([^)\n]*\))", text, flags=re.M | re.S)
     return "".join(part if i % 2 else re.sub(r"(?<![`\w}])`(\w+)`(?!`)", linked, part) for i, part in enumerate(parts))

@@ -25,6 +25,7 @@ toc_object_entries_show_parents = "hide"
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
+html_favicon = "_static/icon.svg"
 html_css_files = ["docs.css"]
 html_copy_source = html_show_sourcelink = False
 html_math_renderer = "mathml"
