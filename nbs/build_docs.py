@@ -4,7 +4,7 @@ Pages are the committed notebooks; nothing in them is run. nbdev parses their di
 shows signature, documented parameters and, folded, the source. Then Sphinx builds (conf.py; a warning is an error) and every
 internal link of the result is followed.
 """
-import ast, base64, io, re, shutil, sys, tokenize
+import ast, io, re, shutil, sys, tokenize
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from os.path import relpath
@@ -154,22 +154,16 @@ def entry_text(entry, module, fence=6):
     return "\n".join([*lines, *(entry_text(m, module, fence - 1) for m in entry.members), ":" * fence, ""])
 
 
-def frozen(outputs, widgets):
-    "Outputs for a page without a kernel: a widget becomes the picture it showed last."
-    def pictures(name):
-        model = widgets.get(name, {})
-        yield from (buffer["data"] for buffer in model.get("buffers", ()) if model["model_name"] == "ImageModel")
-        for child in model.get("state", {}).get("children", ()): yield from pictures(child.removeprefix("IPY_MODEL_"))
+def frozen(outputs):
+    "Outputs for a page without a kernel: of a widget stays the picture that it was stored with."
     for output in outputs:
-        shown = output.get("data", {}).pop(WIDGET, None)
-        found = ([output["data"]["image/png"]] if "image/png" in output["data"] else list(pictures(shown["model_id"]))) if shown else []
-        if found: output["data"] = {"image/png": base64.b64encode(base64.b64decode(found[0])).decode(), "text/plain": "a widget"}
-        if shown and not found: continue
+        live = output.get("data", {}).pop(WIDGET, None)
+        if live and "image/png" not in output["data"]: continue
         yield nbformat.from_dict(output)
-        if found: yield nbformat.v4.new_output("stream", text="As it was left; it moves when the notebook runs.\n")
+        if live: yield nbformat.v4.new_output("stream", text="As it was left; it moves when the notebook runs.\n")
 
 
-def page_cells(path, book, widgets):
+def page_cells(path, book):
     "The cells of one page."
     module = next((name for name, home in book.modules.items() if home == path), None)
     for cell in book.cells[path]:
@@ -180,15 +174,13 @@ def page_cells(path, book, widgets):
             if named: yield new_markdown_cell("\n".join(entry_text(e, module) for e in named))
             if not all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(cell.source).body):
                 yield new_code_cell(cell.source.strip(), metadata=dict(tags=["hide-input"]))
-        elif cell.cell_type == "code": yield new_code_cell(cell.source.strip(), outputs=list(frozen(cell.get("outputs", []), widgets)))
+        elif cell.cell_type == "code": yield new_code_cell(cell.source.strip(), outputs=list(frozen(cell.get("outputs", []))))
 
 
 def page(path, book):
     "One notebook as MyST-NB takes it."
-    raw = nbformat.read(path, as_version=4)
-    widgets = raw.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
     nb = nbformat.v4.new_notebook(metadata=dict(language_info=dict(name="python", pygments_lexer="ipython3")))
-    nb.cells = list(page_cells(path, book, widgets))
+    nb.cells = list(page_cells(path, book))
     for i, cell in enumerate(nb.cells): cell.id = f"c{i}"
     return nb
 
