@@ -1,4 +1,5 @@
 """The command line: help for every option, errors in one line before any work, and the whole way on four records."""
+import importlib
 import json
 import re
 import subprocess
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import probunlearn.cli
-from probunlearn.cli import COMMANDS, main
 from probunlearn.data import fictional_authors
+from probunlearn.shell import COMMANDS, main
 
 
 @pytest.fixture
@@ -26,20 +27,31 @@ def no_model(monkeypatch):
     for name in ("load_lm", "small_lm"): monkeypatch.setattr(probunlearn.cli, name, lambda *a, **k: pytest.fail("a model was loaded"))
 
 
+def command(name):
+    "The data class of a command."
+    module, kind, *_ = COMMANDS[name]
+    return getattr(importlib.import_module(f"probunlearn.{module}"), kind)
+
+
 def words(**options): return [w for name, value in options.items() for w in (f"--{name}", str(value))]
 
 
 # --- help -----------------------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_is_explained(command, capsys):
-    with pytest.raises(SystemExit) as e: main([command, "--help"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained(name, capsys):
+    with pytest.raises(SystemExit) as e: main([name, "--help"])
     shown = capsys.readouterr().out
     explained = {name: " ".join(text.split()) for name, text in re.findall(r"^  --(\w+)(.*?)(?=^  --|\Z)", shown, re.M | re.S)}
-    assert e.value.code == 0 and set(explained) == {f.name for f in fields(COMMANDS[command])} | {"config", "print_config"} and "<function" not in shown
-    for name in ("config", "print_config"): assert len(explained.pop(name).split()) > 5
-    for name, text in explained.items(): assert re.match(r"(?:[A-Z0-9_]+|\{true,false\}) [^(]\S* \S+.*\(", text), f"--{name} has no help: {text!r}"
-    assert COMMANDS[command].__doc__ in " ".join(shown.split())
+    assert e.value.code == 0 and set(explained) == {f.name for f in fields(command(name))} | {"config", "print_config"} and "<function" not in shown
+    for option in ("config", "print_config"): assert len(explained.pop(option).split()) > 5
+    for option, text in explained.items(): assert re.match(r"(?:[A-Z_0-9]+|\{true,false\}) [^(]\S* \S+.*\(", text), f"--{option} has no help: {text!r}"
+    assert command(name).__doc__ == COMMANDS[name][2] and COMMANDS[name][2] in " ".join(shown.split()) and f"probunlearn {name}" in shown.split("examples:")[1]
+
+
+def test_help_for_all_commands_comes_without_torch():
+    done = subprocess.run([sys.executable, "-c", "import sys; from probunlearn.shell import main; code = main(['--help']); sys.exit(code or 'torch' in sys.modules)"], capture_output=True, text=True)
+    assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS)
 
 
 def test_the_entry_point_is_installed():
@@ -99,11 +111,13 @@ def test_records_of_ones_own_by_another_score(data, capsys):
     args = ["evaluate", *words(model="small:retain", data=data/"mine.jsonl", out=data/"run", n=8, score="rouge_l_recall", leak_at=.5, max_new_tokens=12)]
     for _ in range(2):                                                          # the second time from the run folder
         assert main(args) is None
-        assert {p.suffix for p in (data/"run").glob("report.*")} == {".html", ".json", ".png"}
+        assert {p.suffix for p in (data/"run").glob("report.*")} == {".html", ".json", ".md", ".png"}
         said, d = capsys.readouterr().out, json.loads((data/"run"/"report.json").read_text())
         assert all(claim in said for claim in d["claims"]) and "report.html" in said and d["score"] == "ROUGE-L recall" and len(d["questions"]) == 4
-    args[args.index("--n") + 1] = "9"
-    assert "another n: 8 there, 9 now" in main(args)
+    args[args.index("--n") + 1] = "9"                                           # the run grows, and says so
+    assert main(args) is None and "anytime" in capsys.readouterr().out
+    args[args.index("--seed") + 1 if "--seed" in args else len(args):] = ["--seed", "1"]
+    assert "another seed: 0 there, 1 now" in main(args)
 
 
 def test_finetune_unlearn_evaluate(data):
@@ -113,5 +127,5 @@ def test_finetune_unlearn_evaluate(data):
     assert main(["unlearn", *words(model=taught, data=data, forget="mine", retain="kept", out=unlearned, method="grad_diff"), *small]) is None
     assert main(["evaluate", *words(model=unlearned, data=data, split="mine", retain_split="kept", out=data/"run", n=4, score="rouge_l_recall", max_new_tokens=8)]) is None
     settings = json.loads((data/"run"/"run.json").read_text())["settings"]
-    assert (settings["n"], settings["decoding"]["max_new_tokens"]) == (4, 8) and all((d/"model.safetensors").exists() for d in (taught, unlearned))
+    assert settings["decoding"]["max_new_tokens"] == 8 and all((d/"model.safetensors").exists() for d in (taught, unlearned))
     assert "retain" in json.loads((data/"run"/"report.json").read_text())["summary"]

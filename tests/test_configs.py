@@ -4,8 +4,9 @@ import json
 import pytest
 import yaml
 
-from probunlearn.cli import COMMANDS, Finetune, Unlearn, main, packaged_configs
+from probunlearn.cli import Finetune, Unlearn
 from probunlearn.models import load_lm
+from probunlearn.shell import COMMANDS, main, packaged_configs
 
 CONFIGS = packaged_configs()
 
@@ -44,5 +45,5 @@ def test_a_config_of_ones_own(tmp_path, capsys):
 
 
 def test_an_unknown_config_is_named():
-    assert main(["unlearn", "--config", "phi-npo"]).startswith("probunlearn: no config file 'phi-npo'; packaged are llama2-GA")
+    assert main(["unlearn", "--config", "phi-npo"]).startswith("probunlearn unlearn: no config file 'phi-npo'; packaged are llama2-GA")
     assert set(COMMANDS) >= {"finetune", "unlearn"}

@@ -24,7 +24,7 @@ def test_links_lead_somewhere(link):
 def test_commands_exist():
     targets = re.findall(r"\bmake ([\w-]+)", COMMANDS)
     assert {"demo", "test"} <= set(targets) <= set(re.findall(r"^([\w-]+):", (ROOT/"Makefile").read_text(), re.M))
-    from probunlearn.cli import COMMANDS as known
+    from probunlearn.shell import COMMANDS as known
     assert set(re.findall(r"\bprobunlearn (\w+)", COMMANDS)) <= set(known)
 
 

@@ -1,4 +1,5 @@
 """Reports from plain texts, without a model: every sentence against the numbers it stands on, missing draws, and pages that open safely."""
+import hashlib
 import json
 import math
 import re
@@ -71,7 +72,7 @@ def test_bounds_are_those_of_the_counts(leak_at, leaks):
 def test_the_summary_is_the_frame_in_one_row():
     r = Report("full", asked(ROWS, ["Trelb", "Trelb it is", "  "]), asked([row("Zorplax Quim", n=4)], ["Zorplax Quim"]))
     s = r.summary()
-    assert (s["greedy"], s["mean"], s["some_draw"]) == pytest.approx((1 / 3, 4 / (3 * N), 2 / 3))
+    assert (s["greedy"], s["rate"], s["some_draw"]) == pytest.approx((1 / 3, 4 / (3 * N), 2 / 3))
     assert (s["words"], s["empty"], s["retain"], s["retain_draws"], s["retain_distinct"]) == pytest.approx((1, 1 / 3, 1, 1 / 4, 2 / 4))
     assert s["bound"] == float(r.bounds["average leak"]) and s["worst"] == float(r.bounds["worst question"]) and s["certain"] == 1
 
@@ -138,6 +139,8 @@ def test_draws_of_other_questions_are_refused():
 
 NASTY = ["<script>alert('Zorplax Quim')</script>", "</td></table></details>&amp; <b>Zorplax</b> & Quim", "<img src=http://leak.example/x onerror=alert(1)>", "</body><!-- \"'"]
 
+SVG = "path", "use"     # drawn with or without an end tag
+
 class Page(HTMLParser):
     "Tags, attributes and text of a page; which tags were left open."
     def __init__(self, text):
@@ -148,8 +151,9 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
         self.attributes += attrs
-        if tag not in ("meta", "br", "img"): self.open.append(tag)
-    def handle_endtag(self, tag): assert self.open.pop() == tag
+        if tag not in ("meta", "br", "img") and tag not in SVG: self.open.append(tag)
+    def handle_startendtag(self, tag, attrs): self.tags.add(tag), self.attributes.extend(attrs)
+    def handle_endtag(self, tag): assert tag in SVG or self.open.pop() == tag
     def handle_data(self, data): self.text += data
 
 
@@ -163,12 +167,14 @@ def test_a_page_stands_alone_and_shows_text_as_text(tmp_path, board):
     result = Board([nasty_report()], name="<u>board</u>") if board else nasty_report()
     source = result.save(tmp_path/"deep"/"r").read_text(encoding="utf-8")
     page = Page(source)
-    assert source.lower().startswith("<!doctype html>") and page.open == ["html", "body"][:len(page.open)]
+    assert source.lower().startswith("<!doctype html>") and page.open == []
     assert not page.tags & {"script", "link", "iframe", "u", "b", "object"} and "<script" not in source
-    assert all(v.startswith("data:image/png;base64,") for k, v in page.attributes if k in ("src", "href")) and not [k for k, _ in page.attributes if k.startswith("on")]
+    assert all(v.startswith("#") for k, v in page.attributes if k in ("src", "href", "xlink:href")) and "url(http" not in source and "@import" not in source and not [k for k, _ in page.attributes if k.startswith("on")]
     assert "<u>model</u>" in page.text and "http" not in re.sub(re.escape("http://leak.example"), "", page.text)
-    if not board: assert all(text in page.text for text in [*NASTY, "<script>Who?</script>", "Zorplax & Quim</p>"])
+    assert all(text in page.text for text in [*NASTY, "<script>Who?</script>", "Zorplax & Quim</p>"])
     assert (tmp_path/"deep"/"r.png").read_bytes().startswith(b"\x89PNG")
+    card = (tmp_path/"deep"/"r.md").read_text(encoding="utf-8")
+    assert "<script" not in card and "<u>" not in card and "http://" not in card and hashlib.sha256((tmp_path/"deep"/"r.json").read_bytes()).hexdigest() in card and hashlib.sha256((tmp_path/"deep"/"r.json").read_bytes()).hexdigest() in source
 
 
 def test_json_holds_every_answer_and_every_scope(tmp_path):

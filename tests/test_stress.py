@@ -35,7 +35,7 @@ def test_what_was_never_there_does_not_come_back():
     "A model that never saw the records learns two of them, and nothing about the others."
     lm, tok = fresh("retain")
     board = relearn(lm, tok, [FORGET[0], FORGET[9]], [FORGET[0], FORGET[9], *FORGET[1:3]], TrainConfig(steps=40, batch_size=2, lr=2e-3, schedule="constant"), **FEW)
-    assert board.to_frame()["mean"].max() == 0
+    assert board.to_frame()["rate"].max() == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,188 @@
+"""Run folders without a model: whole or not at all, grown but never mixed, looks written down, a disk that is full."""
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from probunlearn.data import QA
+from probunlearn.draws import Decoding, Draws, draws_from_texts, first_draws, join_draws, save_draws
+from probunlearn.looks import average_ends
+from probunlearn.reading import report_run, versus
+from probunlearn.runs import clear_leftovers, look, open_run, price, read_run
+
+QAS = [QA(f"q{i}", f"What is {i}?", f"It is Zorp{i}.", (f"Zorp{i}",)) for i in range(4)]
+SETTINGS = dict(model="abc", template=dict(prompt="{question}"), decoding=dict(top_k=0), seed=0)
+
+
+def filled(folder, n=40, leaks=(3, 0, 0, 0), qas=QAS, settings=SETTINGS, **how):
+    "A run whose first questions leak now and then."
+    run = open_run(folder, settings, qas, **how)
+    for qa, k in zip(qas, leaks):
+        run.keep(qa, draws_from_texts(qa.id, [qa.answer] * k + ["no idea"] * (n - k)))
+        run.keep(qa, draws_from_texts(qa.id, ["no idea"]), "greedy")
+    return run
+
+
+# --- draws joined ---------------------------------------------------------------------------------------------------------------------------
+
+def random_draws(rng, n):
+    "Draws of random token sequences, some of which decode to the same text."
+    tokens = [(int(rng.integers(3)), int(rng.integers(3)), 9) for _ in range(9)]
+    tokens = list(dict.fromkeys(tokens))
+    index = rng.integers(-1, len(tokens), n)
+    first = list(dict.fromkeys(index[index >= 0].tolist()))
+    new = {old: i for i, old in enumerate(first)} | {-1: -1}
+    return Draws("q", [str(tokens[i][0]) for i in first], np.array([new[i] for i in index.tolist()]), np.array([-1. - sum(tokens[i]) for i in first]), [tokens[i] for i in first], np.array([i % 2 == 0 for i in first]))
+
+
+def facts(d): return d.texts, d.index.tolist(), d.answers, d.logprobs.tolist(), [tuple(t) for t in d.tokens], d.finished.tolist()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_joined_are_the_whole(seed):
+    rng = np.random.default_rng(seed)
+    d = random_draws(rng, 60)
+    cut = int(rng.integers(1, 60))
+    later = Draws("q", d.answers, d.index[cut:], d.logprobs, d.tokens, d.finished)
+    rest = first_draws(later, later.n)        # its answers renumbered by first appearance
+    assert facts(join_draws(first_draws(d, cut), rest)) == facts(d)
+
+
+@pytest.mark.parametrize("change", [dict(id="other"), dict(seed=1), dict(decoding=Decoding(top_k=1)), dict(run="x"), dict(source="x"), dict(logprobs=None)], ids=lambda c: next(iter(c)))
+def test_draws_of_two_kinds_are_not_joined(change):
+    d = random_draws(np.random.default_rng(0), 20)
+    with pytest.raises(ValueError, match=next(iter(change))): join_draws(d, replace(d, **change))
+
+
+# --- whole or not at all --------------------------------------------------------------------------------------------------------------------
+
+FULL_DISK = """
+import resource, signal, sys
+from probunlearn.draws import draws_from_texts
+from probunlearn.runs import read_run
+run = read_run(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+run.keep(run.questions["forget"][1], draws_from_texts("q1", [f"answer {i}" for i in range(9999)]))
+"""
+
+def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path):
+    filled(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True)
+    assert done.returncode and "OSError" in done.stderr and "q1.parquet could not be written" in done.stderr and "make room and go on" in done.stderr
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before       # no half-written file either
+    assert report_run(tmp_path).x.shape == (4, 40)
+
+
+def test_run_json_on_a_full_disk(tmp_path):
+    run, limit = filled(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = (tmp_path/"run.json").read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(OSError, match="run.json could not be written"): look(run, 40)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path/"run.json").read_bytes() == before and read_run(tmp_path).looks == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {}}', "null"], ids=["empty", "cut", "list", "lacking", "null"])
+def test_a_broken_description_is_named_and_left_alone(tmp_path, text):
+    filled(tmp_path)
+    (tmp_path/"run.json").write_text(text)
+    with pytest.raises(ValueError, match="run.json is not a run's description"): open_run(tmp_path, SETTINGS, QAS)
+    assert (tmp_path/"run.json").read_text() == text and len(list(tmp_path.glob("*.parquet"))) == 8
+
+
+def test_a_foreign_parquet_file_is_named(tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    run = filled(tmp_path)
+    pq.write_table(pa.table({"a": range(99)}), run.path("draws", QAS[0]))
+    with pytest.raises(ValueError, match="draws-q0.parquet is not a whole file of draws"): report_run(tmp_path, n=40)
+
+
+def test_two_processes_that_write_the_same_draws_do_not_meet(tmp_path):
+    d, pids = draws_from_texts("q", ["a", "b"]), []
+    for pid in (1, 2):
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(os, "getpid", lambda: pid)
+            m.setattr(os, "replace", lambda a, b: pids.append(a))               # killed before the last step
+            save_draws(d, tmp_path/"q.parquet")
+    assert len({str(p) for p in pids}) == 2 and not (tmp_path/"q.parquet").exists()
+    run = replace(open_run(tmp_path/"run", SETTINGS, QAS), folder=tmp_path)
+    clear_leftovers(run)
+    assert all(p.exists() for p in pids)                                        # too young to be left behind
+    clear_leftovers(run, older=-1)
+    assert not any(p.exists() for p in pids)
+
+
+# --- grown, never mixed -----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_another_setting_is_named(tmp_path, name):
+    filled(tmp_path)
+    with pytest.raises(ValueError, match=f"another {name}"): open_run(tmp_path, SETTINGS | {name: "changed"}, QAS)
+
+
+def test_a_question_with_another_text_has_another_key(tmp_path):
+    run = filled(tmp_path/"a")
+    other = open_run(tmp_path/"b", SETTINGS, [replace(QAS[0], question="Who?")])
+    os.link(run.path("draws", QAS[0]), other.path("draws", QAS[0]))
+    with pytest.raises(ValueError, match="draws of another run"): other.draws(replace(QAS[0], question="Who?"))
+
+
+def test_the_first_draws_are_those_of_a_shorter_run(tmp_path):
+    filled(tmp_path)
+    assert report_run(tmp_path, n=2).leaks.sum() == 2 and report_run(tmp_path).leaks.sum() == 3
+
+
+def test_memory_and_folder_agree(tmp_path):
+    ram, disk = filled(None, settings=SETTINGS | dict(seed=77)), filled(tmp_path, settings=SETTINGS | dict(seed=77))
+    assert report_run(ram).claims == report_run(disk).claims and [qa.id for qa in ram.lacking(41)] == [qa.id for qa in disk.lacking(41)]
+
+
+# --- looks ----------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("planned, looks, expected", [(1, [(9, 4)], (1, False)), (3, [(9, 4)], (3, False)), (3, [(9, 4), (8, 4), (7, 4)], (3, False)), (2, [(9, 4), (8, 4), (7, 4)], (1, True)),
+                                                      ("anytime", [(9, 4)], (1, True)), (1, [(9, 4), (9, 5)], (6, True)), (1, [(9, 4), (8, 5), (8, 6)], (12, True))], ids=str)
+def test_the_price_of_looks(planned, looks, expected): assert price(set(looks), planned) == expected
+
+
+def test_what_all_sets_of_questions_cost_together():
+    "After the first, each set of questions pays with α / m(m + 1): less than half of one α for all of them."
+    parts = [price({(9, q) for q in range(m)}, 1)[0] for m in range(2, 2000)]
+    assert sum(1 / p for p in parts) < .5
+
+
+def test_looks_are_written_once_and_with_what_was_looked_at(tmp_path):
+    filled(tmp_path)
+    for n, score in ((8, "keywords"), (8, "keywords"), (8, "exact_match"), (16, "keywords")): r = report_run(tmp_path, n=n, score=score)
+    assert [(e["n"], e["questions"], e["score"]) for e in json.loads((tmp_path/"run.json").read_text())["looks"]] == [(8, 4, "key words (fraction)"), (8, 4, "exact match"), (16, 4, "key words (fraction)")]
+    assert r.anytime and r.how["looks"] == [(8, 4), (16, 4)]
+
+
+def test_a_report_that_fails_is_no_look(tmp_path):
+    filled(tmp_path)
+    for how in (dict(score="bleu"), dict(n=41), dict(leak_at=2)):
+        with pytest.raises(ValueError): report_run(tmp_path, **how)
+    assert read_run(tmp_path).looks == []
+
+
+def test_looking_and_extending_keeps_the_promise():
+    """A leak probability of 3 %; 8 looks from 50 to 400 draws; the run ends at the first look that proves less than 3 %.
+    With α = 0.1 at most 10 % of 400 runs may do so; this test fails by chance less than once in 10,000."""
+    from scipy.stats import binom
+    rng, ends = np.random.default_rng(5), range(50, 401, 50)
+    wrong = sum(any(average_ends(x[:, :n], .1) < .03 for n in ends) for x in ((rng.random((2, 400)) < .03) * 1. for _ in range(400)))
+    assert wrong <= binom.ppf(1 - 1e-4, 400, .1)
+
+
+def test_differences_need_reports_at_fixed_n(tmp_path):
+    a, b = filled(tmp_path/"a", leaks=(30, 20, 0, 0)), filled(tmp_path/"b", leaks=(0, 0, 0, 0), settings=SETTINGS | dict(model="b"))
+    board = versus([report_run(a, name="a"), report_run(b, name="b")], alpha=.05)
+    assert "of b minus that of a is between -" in board.notes[0] and "α = 0.05" in board.notes[0]
+    report_run(a, n=20)
+    with pytest.raises(ValueError, match="looked at and extended"): versus([report_run(a, name="a"), report_run(b, name="b")])
