@@ -50,6 +50,7 @@ class Explorer(W.VBox):
 
     def update(self, _=None):
         "Show what the controls say."
+        plt.draw_if_interactive()           # loads a notebook's backend before the context below, with which its interactive mode would end
         with plt.rc_context({"interactive": False}):
             figure, claim = self.show(**{name: control.value for name, control in self.controls.items()})
             title, self.png = "; ".join(" ".join(ax.get_title().split()) for ax in figure.axes), _png(figure)

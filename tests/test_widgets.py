@@ -6,10 +6,12 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 from scipy import stats
 
+from cells import HERE as NBS
 from probunlearn.bounds import survival_bound
 from probunlearn.data import QA
 from probunlearn.draws import Decoding, draws_from_texts
@@ -129,3 +131,11 @@ def test_guesses_are_recorded_once_and_only_then_compared():
 def test_import_loads_no_torch():
     code = "import sys, probunlearn.widgets; print(*{'torch', 'transformers', 'scipy.stats'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+@pytest.mark.parametrize("lesson", ["01_greedy_misleads", "02_how_many_draws"])
+def test_figures_after_a_widget_are_shown(lesson):
+    "A widget that is the first to draw must not switch off the figures of the cells below it."
+    cells = nbformat.read(NBS/"tutorials"/f"{lesson}.ipynb", as_version=4).cells
+    drawing = [cell for cell in cells if cell.cell_type == "code" and cell.source.startswith("with style():") or "ax = plt.subplots()" in cell.source]
+    assert drawing and all(any("image/png" in output.get("data", {}) for output in cell.outputs) for cell in drawing)
