@@ -31,7 +31,14 @@ def ask(qas, n, decoding, confidence=None):
     return [draws_from_texts(qa.id, texts(qa), decoding=decoding) for qa in qas]
 
 
-BOXES = {"bound-explorer": bound_explorer, "leak-explorer": lambda: leak_explorer(QAS, ask, n=(64, 128)), "temperature-explorer": lambda: temperature_explorer(QAS, ask, n=64),
+def coins():
+    "A bound explorer where every repetition differs."
+    box = bound_explorer()
+    box.controls["law"].value = "a coin"
+    return box
+
+
+BOXES = {"bound-explorer": coins, "leak-explorer": lambda: leak_explorer(QAS, ask, n=(64, 128)), "temperature-explorer": lambda: temperature_explorer(QAS, ask, n=64),
          "tree-browser": lambda: tree_browser(ask(QAS[:1], 200, Decoding())[0], QAS[0]), "predict": lambda: predict({"a": .1, "b": .2}), "training-board": lambda: training_board(lambda look: None)}
 
 
