@@ -30,8 +30,11 @@ def read_prompts(
 # %% ../nbs/09b_prefix.ipynb #00fa3afa
 class CopiedRows:
     "Rows that each hold the whole cache; works with every causal LM."
-    def __init__(self, lm, read, question):
-        "`read`: what `read_prompts` gave; `question`: (R,) the prompt of each row."
+    def __init__(self,
+        lm,         # causal LM
+        read,       # what `read_prompts` gave
+        question,   # (R,) the prompt of each row
+    ):
         self.lm, (_, self.cache, self.mask) = lm, read
         self.arrange(question)
 
@@ -98,6 +101,7 @@ class _Slots(CacheLayerMixin):
     def get_mask_sizes(self, query_length): return self.used + query_length, 0
     def get_seq_length(self): return self.used
     def get_max_length(self): return self.length
+    get_max_cache_shape = get_max_length                # its name in transformers 5.0
 
 # %% ../nbs/09b_prefix.ipynb #c52be949
 class _Questions:
@@ -158,8 +162,13 @@ AttentionInterface.register("probunlearn_shared", _shared_attention)
 # %% ../nbs/09b_prefix.ipynb #e1f61e3c
 class SharedRows:
     "Rows that share their question and each hold their own answer; for models that `shares_prefix` names."
-    def __init__(self, lm, read, question, length, slots):
-        "As `CopiedRows`; `slots`: most rows there will be."
+    def __init__(self,
+        lm,         # causal LM
+        read,       # what `read_prompts` gave
+        question,   # (R,) the prompt of each row
+        length,     # most tokens a row will get
+        slots,      # most rows there will be
+    ):
         self.lm, (_, cache, mask) = lm, read
         self.questions = _Questions(cache, mask, question)
         self.cache = Cache(layers=[_Slots(slots, length) for _ in cache.layers])
