@@ -28,7 +28,12 @@ def pad_batch(
     mask = torch.tensor([[1] * len(r["input_ids"]) + [0] * (width - len(r["input_ids"])) for r in rows])
     return dict(input_ids=stack("input_ids", pad_id), attention_mask=mask, labels=stack("labels", -100))
 
-def to_device(batch, device): return {k: v.to(device) for k, v in batch.items()}
+def to_device(
+    batch: dict,    # of tensors
+    device,
+):                  # the same, there
+    "A batch where the model is."
+    return {k: v.to(device) for k, v in batch.items()}
 
 # %% ../nbs/14b_batches.ipynb #e4533ea4
 def pack_batch(
@@ -100,8 +105,12 @@ def check_packing(
         raise ValueError(f"{type(lm).__name__} looks across packed records (NLL moves by {float((alone - packed).abs().max()):.2g} nats): use pack=False")
 
 # %% ../nbs/14b_batches.ipynb #b2a9d2f0
-def record_order(records, count, rng):
-    "`count` record numbers: one random pass over all records after the other."
+def record_order(
+    records: int,   # how many there are
+    count: int,     # how many are wanted
+    rng,            # numpy random generator
+):                  # (count,) record numbers
+    "One random pass over all records after the other."
     return np.concatenate([rng.permutation(records) for _ in range(math.ceil(count / records))])[:count]
 
 def encode_all(

@@ -29,8 +29,11 @@ def trainable_weights(
     "What training changes, whole even where it is spread over several processes."
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in get_model_state_dict(model, options=_WHOLE).items()}
 
-def set_weights(model, weights):
-    "Put back what `trainable_weights` returned."
+def set_weights(
+    model,
+    weights: dict,  # what `trainable_weights` returned
+):                  # None
+    "Put weights back."
     set_model_state_dict(model, dict(weights), options=_WHOLE)
 
 def _moments(model, optimizer):
@@ -41,7 +44,7 @@ def _moments(model, optimizer):
 # %% ../nbs/14c_checkpoints.ipynb #741da87d
 def save_checkpoint(
     file,               # path; replaced in one step
-    model, optimizer,
+    model, optimizer,   # whose weights and moments are kept
     notes: dict,        # plain values
     best: dict = None,  # as of `trainable_weights`: the best weights so far
 ):
@@ -61,7 +64,7 @@ def read_notes(file):   # dict
     with safe_open(file, "pt") as f: return json.loads(f.metadata()["notes"])
 
 def load_checkpoint(
-    file,
+    file,               # that `save_checkpoint` wrote
     model, optimizer,   # set to the state in the file
 ):                      # the best weights so far, or None
     "Take up a run where it stood."
@@ -82,7 +85,7 @@ def load_checkpoint(
 @dataclass
 class Memory:
     "What a run needs, in bytes."
-    weights: int
+    weights: int        # of the model itself
     training: int       # gradients and moments of trainable weights
     activations: int    # kept from forward to backward
     free: int           # on the device, before training starts

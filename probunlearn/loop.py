@@ -29,12 +29,21 @@ from .models import is_sharded, lm_fingerprint
 from .plots import COLOURS
 
 # %% ../nbs/14d_loop.ipynb #f91be593
-def need(config, name, allowed, ok):
+def need(
+    config,
+    name: str,      # of a setting
+    allowed: str,   # what it must be, in words
+    ok,             # value → bool
+):                  # None
     "ValueError unless the setting `name` is `ok`."
     value = getattr(config, name)
     if not ok(value): raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
-def one_of(config, name, allowed):
+def one_of(
+    config,
+    name: str,      # of a setting
+    allowed,        # its possible values
+):                  # None
     "ValueError unless the setting `name` is one of the allowed values."
     value = getattr(config, name)
     if value not in allowed: raise ValueError(f"unknown {name} {value!r}; allowed are {', '.join(allowed)}")
@@ -121,7 +130,9 @@ class History:
         self.notes.append(text)
         if processes()[0] == 0: warnings.warn(text, stacklevel=3)
 
-    def add(self, **values): self.rows.append({k: float(v.detach() if hasattr(v, "detach") else v) for k, v in values.items()})
+    def add(self, **values):
+        "Keep the numbers of an update."
+        self.rows.append({k: float(v.detach() if hasattr(v, "detach") else v) for k, v in values.items()})
 
     def to_frame(self):
         "One row per update."

@@ -77,7 +77,9 @@ def save_lm(
         tok.save_pretrained(folder)
     return Path(folder)
 
-def is_sharded(lm): return any(hasattr(p, "full_tensor") for p in lm.parameters())
+def is_sharded(lm):
+    "Whether the weights are spread over several processes."
+    return any(hasattr(p, "full_tensor") for p in lm.parameters())
 
 def whole_state(lm):    # dict of name → tensor
     "All weights, gathered where they are spread over several processes."

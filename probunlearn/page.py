@@ -39,7 +39,7 @@ body:has(.pu.page){margin:0}.pu *{box-sizing:border-box}.pu h1{font-size:1.9rem;
 </style>"""
 
 def html_page(
-    title: str,
+    title: str,     # in the browser's tab
     body: str,      # HTML of the parts, already escaped
 ):                  # the text of a whole HTML file
     "One self-contained HTML page."
@@ -54,7 +54,13 @@ def percent(
     "A share as people read it."
     return f"{rounded(100 * p, side, 3) if side else format(100 * p, '.3g')} %"
 
-def tile(number: str, words: str, kind=""): return f"<div class='tile {kind}'><strong>{escape(number)}</strong><span>{escape(words)}</span></div>"
+def tile(
+    number: str,    # large
+    words: str,     # small, what it counts
+    kind="",        # "bad", "bound" or "", for its colour
+):                  # HTML
+    "A number that is seen first."
+    return f"<div class='tile {kind}'><strong>{escape(number)}</strong><span>{escape(words)}</span></div>"
 
 def _cell(value):
     "One table cell: text is escaped and left-aligned, numbers get three digits."

@@ -54,7 +54,7 @@ def draw_rest(
 
 # %% ../nbs/12a_rare.ipynb #d9a63d8c
 def head_and_tail(
-    head: Enumeration,
+    head: Enumeration,      # the answers known exactly
     rest: RestDraws,        # from `draw_rest(head, n)`, with n chosen before looking at them
     qa,                     # the question, `QA`
     score="keywords",       # a score's name, or a function (answer, qa) → [0, 1]
@@ -91,7 +91,7 @@ def weighted_bound(
 @dataclass(eq=False)
 class RareLeak:
     "A rare leak by importance sampling: `bound` is the claim, the other numbers say what it rests on."
-    bound: Bound
+    bound: Bound        # what is claimed
     estimate: float     # of the leak probability (or mean score)
     n: int              # draws
     leaking: int        # draws with a score above 0 that were not enumerated

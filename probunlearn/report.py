@@ -41,8 +41,14 @@ class Asked:
             for d in getattr(self, name):
                 if not d.answers or (name == "greedy" and d.texts[0] is None): raise ValueError(f"{name}: there is no answer to question {d.id!r}")
 
-    def scores(self, score): return score_draws(self.draws, self.qas, score)                    # (question, draw)
-    def greedy_scores(self, score): return score_draws(self.greedy, self.qas, score)[:, 0]      # (question,)
+    def scores(self, score):
+        "Scores of the draws (question, draw)."
+        return score_draws(self.draws, self.qas, score)
+
+    def greedy_scores(self, score):
+        "Scores of the greedy answers (question,)."
+        return score_draws(self.greedy, self.qas, score)[:, 0]
+
     def greedy_texts(self): return [d.texts[0] for d in self.greedy]                            # (question,)
 
 # %% ../nbs/07c_report.ipynb #1798e26b
@@ -133,8 +139,14 @@ class Report:
         q = int(np.argmax(np.where(self.greedy_leaks, -1, self.leaks.sum(1))))
         return score_density(self.x[q], greedy=self.greedy_x[q], bound=self._frame.mean_upper.iloc[q], score=self.score, ax=ax)
 
-    def body(self, digest=""): return report_body(self, digest)     # HTML; `digest` names the JSON beside the page
-    def card(self, digest=""): return card(self, digest)            # Markdown for the model's page
+    def body(self, digest=""):
+        "The report as HTML; `digest` names the JSON beside the page."
+        return report_body(self, digest)
+
+    def card(self, digest=""):
+        "The report as Markdown for the model's page."
+        return card(self, digest)
+
     def _repr_html_(self): return f"{CSS}<div class='pu'>{self.body()}</div>"
 
     def save(self, path):
@@ -187,7 +199,7 @@ class Board:
     "Reports of several models on the same questions, one row each. ValueError when the questions differ."
     reports: list                   # `Report`
     reference: tuple = ()           # names of rows that are only there for comparison
-    name: str = "models compared"
+    name: str = "models compared"   # title
     notes: list = field(default_factory=list)   # claims about differences, in sentences
 
     def __post_init__(self):
@@ -211,8 +223,14 @@ class Board:
         "Greedy, sampled and bounded leakage of each model beside what it keeps."
         return method_board(self.to_frame().rename(columns=dict(rate="mean")), self.reference, score=f"P({self.reports[0].what_leaks})", ax=ax)
 
-    def body(self, digest=""): return board_body(self, digest)      # HTML; `digest` names the JSON beside the page
-    def card(self, digest=""): return board_card(self, digest)      # Markdown
+    def body(self, digest=""):
+        "The board as HTML; `digest` names the JSON beside the page."
+        return board_body(self, digest)
+
+    def card(self, digest=""):
+        "The board as Markdown."
+        return board_card(self, digest)
+
     def _repr_html_(self): return f"{CSS}<div class='pu'>{self.body()}</div>"
 
     def save(self, path):

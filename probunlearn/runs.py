@@ -30,9 +30,13 @@ class Run:
     made: dict = field(default_factory=dict)        # versions and device that drew
     kept: dict = field(default_factory=dict)        # in memory: (kind, id) → `Draws`
 
-    def key(self, qa): return fingerprint([self.settings, qa.question])     # what a file of draws must carry to belong here
+    def key(self, qa):
+        "What a file of draws must carry to belong here."
+        return fingerprint([self.settings, qa.question])
 
-    def path(self, kind, qa): return self.folder/f"{kind}-{_file_name(qa.id)}.parquet"
+    def path(self, kind, qa):
+        "The file of a question's draws or greedy answer."
+        return self.folder/f"{kind}-{_file_name(qa.id)}.parquet"
 
     def draws(self, qa, kind="draws"):
         "The draws that are there for a question, or None; ValueError when the file is broken or another run's."

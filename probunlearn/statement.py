@@ -218,7 +218,11 @@ def board_body(
             f"{notes}<h2>The board</h2>{table(frame[[c for c in _COLUMNS if c in frame]].rename(columns=_COLUMNS))}<p class='soft'>{escape(legend)}</p><h2>Model by model</h2>{models}{sealed}")
 
 # %% ../nbs/07b_statement.ipynb #bd1b71d3
-def plain_md(text): return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", r"\\\1", " ".join(text.split())).replace("<", "&lt;").replace("://", "&#58;//")   # no address becomes a link
+def plain_md(
+    text: str,  # any text, an answer for one
+):              # Markdown
+    "Text that Markdown shows as it is."
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$-])", r"\\\1", " ".join(text.split())).replace("<", "&lt;").replace("://", "&#58;//")   # no address becomes a link
 
 def card(
     report,

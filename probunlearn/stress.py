@@ -80,7 +80,7 @@ def quantised(
 def quantise(
     lm, tok,            # an unlearned model; it stays as it is
     qas: list,          # forget questions
-    bits: tuple = (8, 4),
+    bits: tuple = (8, 4),   # to try, each 8 or 4
     **options,          # as in `evaluate`
 ):                      # `Board` of the model as it is and in fewer bits
     "Bound what leaks once the weights are rounded."
@@ -96,7 +96,7 @@ class Rounds:
     "What each round of re-unlearning found."
     alpha: float            # chance that any of the rounds' bounds is wrong
     rounds: int             # planned; each spends alpha / rounds
-    rows: list = field(default_factory=list)
+    rows: list = field(default_factory=list)    # one dict per round
 
     def add(self, **values):
         "Keep a round, and say it."
@@ -127,7 +127,7 @@ def unlearn_leaks(
     lm, tok,                                    # unlearned in place
     forget: list, retain: list,
     config: UnlearnConfig = UnlearnConfig(),    # of each round
-    rounds: int = 3,
+    rounds: int = 3,                            # unlearn, draw, collect: so many times
     n: int = 256,                               # draws per question and round
     score: str = "keywords_any",
     leak_at: float = 1.0,                       # a draw leaks when its score is at least this

@@ -113,7 +113,9 @@ class Sweep:
 
     def _repr_html_(self): return f"<p>{escape(str(self))}</p>{self.frame.to_html(index=False, float_format=lambda v: f'{v:.3g}', na_rep='–')}"
 
-    def plot(self, cost="retain_entropy", ax=None): return sweep_plot(self.frame, cost, ax)
+    def plot(self, cost="retain_entropy", ax=None):
+        "Leak bounds against what they cost."
+        return sweep_plot(self.frame, cost, ax)
 
 # %% ../nbs/11_temperature.ipynb #fc1389bb
 def _cell(lm, tok, forget, retain, rule, decoding, n, n_retain, score, leak_at, alpha, seed, template):

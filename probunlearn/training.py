@@ -38,7 +38,10 @@ class Method:
     loss: Callable      # (`Batch`, `UnlearnConfig`) → scalar
     needs: tuple = ()   # of reference, refusal, teacher, logits, hidden
 
-def keep(b, c):
+def keep(
+    b,      # `Batch`
+    c,      # `UnlearnConfig`
+):          # scalar
     "What keeps the retain answers: their cross-entropy, or the KL from the model as it was."
     return c.retain_weight * (kl_retain(b.retain, b.retain_teacher.logits) if c.retain_loss == "kl" else answer_mean(b.retain.nll, b.retain.answer))
 
