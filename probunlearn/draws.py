@@ -157,7 +157,7 @@ def save_draws(
                       "tokens": pa.array(by_draw(draws.tokens), pa.list_(pa.int32())), "finished": pa.array(by_draw(draws.finished), pa.bool_())})
     how = dict(id=draws.id, seed=draws.seed, decoding=asdict(draws.decoding), run=draws.run, source=draws.source)
     try:
-        pq.write_table(table.replace_schema_metadata({"probunlearn": json.dumps(how)}), temporary, write_page_checksum=True)
+        pq.write_table(table.replace_schema_metadata({"probunlearn": json.dumps(how), "fingerprint": fingerprint(how)}), temporary, write_page_checksum=True)
         os.replace(temporary, path)
     except OSError as e:
         temporary.unlink(missing_ok=True)
@@ -175,6 +175,7 @@ def load_draws(
 def _from_table(table):
     "The draws that a table written by `save_draws` holds."
     how = json.loads(table.schema.metadata[b"probunlearn"])
+    if table.schema.metadata.get(b"fingerprint", fingerprint(how).encode()) != fingerprint(how).encode(): raise ValueError("what it says about how it was drawn is damaged")
     how["decoding"] = Decoding(**how["decoding"])
     texts, tokens = table["answer"].to_pylist(), table["tokens"].to_pylist()
     keys = [None if text is None else (text, tuple(ids or ())) for text, ids in zip(texts, tokens)]

@@ -1,5 +1,6 @@
 """Small models and tokenizers that the tests share: real architectures with random weights, so that nothing is downloaded."""
 import math
+import sys
 
 import pytest
 import torch
@@ -52,6 +53,13 @@ def letters(count, longest=9, seed=0):
     rng = torch.Generator().manual_seed(seed)
     def word(): return "".join(chr(97 + int(c)) for c in torch.randint(26, (int(torch.randint(2, longest, (1,), generator=rng)),), generator=rng))
     return [QA(f"q{i}", word(), "x") for i in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    "Each test starts without open figures."
+    yield
+    if "matplotlib.pyplot" in sys.modules: sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(scope="session")

@@ -251,7 +251,7 @@ def killed_run(nursery, folder, whole, kills, took, processes=1, **how):
         children[i].start()
     for i in range(processes): start(i)
     while killed < kills:
-        time.sleep(rng.uniform(0, took / processes / max(1, kills / 4)))
+        time.sleep(rng.uniform(0, took / processes / max(2, kills / 2)))
         i = rng.randrange(processes)
         running = children[i].is_alive()
         children[i].kill()
