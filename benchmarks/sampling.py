@@ -7,13 +7,13 @@ import argparse, copy, itertools, json, random, resource, statistics, subprocess
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, LlamaConfig
 from probunlearn import sampling
+from probunlearn.batches import pad_batch
 from probunlearn.cli import DEMO, demo_models
 from probunlearn.data import QA, encode_prompt, fictional_authors
 from probunlearn.draws import Decoding
 from probunlearn.law import draw_streams
 from probunlearn.loop import TrainConfig, finetune
 from probunlearn.losses import answer_mean, answer_stats
-from probunlearn.loop import pad_batch
 from probunlearn.models import small_lm
 from probunlearn.training import own_answers
 
