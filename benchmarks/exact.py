@@ -1,4 +1,4 @@
-"""Head and tail, and importance sampling, against plain draws in equal time: python benchmarks/exact.py [--questions 40] [--model FOLDER]"""
+"""Head and tail, and importance sampling, against plain draws in equal time: python benchmarks/exact.py [--questions 40] [--model FOLDER] [--sharpen 30]"""
 import argparse, sys, time
 from pathlib import Path
 import numpy as np
@@ -13,6 +13,7 @@ from probunlearn.rare import draw_rest, head_and_tail, rare_leak
 from probunlearn.sampling import sample
 from probunlearn.scores import score_answers
 from probunlearn.training import UnlearnConfig, unlearn
+from sampling import sharpen
 
 
 def timed(call): # (result, seconds of this one thread: other work on the machine doesn't count)
@@ -20,11 +21,10 @@ def timed(call): # (result, seconds of this one thread: other work on the machin
     return call(), time.process_time() - start
 
 
-def sharp(folder): # the entropy-minimised model of the demo
-    if folder: return load_lm(folder)
-    lm, tok = small_lm("full")
-    unlearn(lm, tok, fictional_authors("forget10"), fictional_authors("retain90"), UnlearnConfig(**DEMO["NPO + entropy"]))
-    return lm, tok
+def sharp(folder, more): # the entropy-minimised model of the demo, or another one, minimised further
+    lm, tok = load_lm(folder) if folder else small_lm("full")
+    if not folder: unlearn(lm, tok, fictional_authors("forget10"), fictional_authors("retain90"), UnlearnConfig(**DEMO["NPO + entropy"]))
+    return (sharpen(lm, tok, fictional_authors("forget10"), more, lr=2e-4) if more else lm), tok
 
 
 def reach(name, lm, tok, qas, decoding): # how far enumeration comes
@@ -69,12 +69,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--model", help="folder of an entropy-minimised model; made anew if left out")
-    parser.add_argument("--reads", type=int, default=16384)
-    parser.add_argument("--draws", type=int, default=4096)
+    parser.add_argument("--sharpen", type=int, default=0, help="more updates that minimise the entropy of its own answers")
+    parser.add_argument("--reads", type=int, default=4000)
+    parser.add_argument("--draws", type=int, default=2048)
     args = parser.parse_args()
     torch.set_num_threads(1)
     qas, decoding = fictional_authors("forget10")[::-(-40 // args.questions)], Decoding(max_new_tokens=48)
-    lm, tok = sharp(args.model)
+    lm, tok = sharp(args.model, args.sharpen)
     for name, model in ("full", small_lm("full")[0]), ("NPO + entropy", lm), ("retain", small_lm("retain")[0]): reach(name, model, tok, qas, decoding)
     rest(lm, tok, qas, decoding, args.reads, args.draws)
     constructed(4096)
