@@ -246,13 +246,14 @@ def test_more_answers_than_asked_for_are_not_kept(script):
     assert [t.split("-")[1] for t in draws.texts] == ["0", "1", "2", "3"] * 2
 
 
-@pytest.mark.parametrize("header", [{"Retry-After": "1"}, {"Retry-After": formatdate(time.time() + 3600, usegmt=True)}, {}], ids=["seconds", "date", "none"])
-def test_a_busy_server_is_asked_again(script, header):
+@pytest.mark.parametrize("pause", ["1", "date", None], ids=["seconds", "date", "none"])
+def test_a_busy_server_is_asked_again(script, pause):
     "After the pause that it names; an hour is longer than we wait, so the draws stay missing and the run stops."
+    header = {"Retry-After": formatdate(time.time() + 3600, usegmt=True) if pause == "date" else pause} if pause else {}      # an hour from now, not from when tests were collected
     server = script(lambda body, _, count: (429, {"error": {"message": "slow down"}}, header) if count == 1 else (200, varied(body)))
     e = server.endpoint(workers=1)
-    if "GMT" in str(header):
-        with pytest.raises(ConnectionError, match="slow down; the server wants a pause of [23]... s"): quiet(e, ONE, 8, Decoding())
+    if pause == "date":
+        with pytest.raises(ConnectionError, match="slow down; the server wants a pause of 3[56].. s"): quiet(e, ONE, 8, Decoding())
         return
     assert None not in quiet(e, ONE, 8, Decoding())[0].texts and len(server.bodies) == 3
     if header: assert server.times[1] - server.times[0] >= .99
