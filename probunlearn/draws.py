@@ -73,8 +73,9 @@ class Draws:
         order = np.argsort(-self.counts, kind="stable")[:10]
         p = [f"{np.exp(self.logprobs[i]):.3g}" if self.logprobs is not None else "" for i in order]
         rows = "".join(f"<tr><td>{self.counts[i]}</td><td>{q}</td><td style='text-align:left'>{escape(self.answers[i])}</td></tr>" for i, q in zip(order, p))
-        return (f"<table><caption>{escape(self.id)}: {self.n} draws, {len(self.answers)} distinct ({escape(str(self.decoding) + f', {self.source}' * bool(self.source))})</caption>"
-                f"<tr><th>draws</th><th>probability</th><th style='text-align:left'>answer</th></tr>{rows}</table>")
+        shown = ", the 10 most frequent"*(len(self.answers) > 10)
+        return (f"<table><caption>{escape(self.id)}: {self.n:,} draws, {len(self.answers):,} distinct answers{shown} ({escape(str(self.decoding) + f', {self.source}' * bool(self.source))})</caption>"
+                f"<tr><th>draws</th><th>model's probability</th><th style='text-align:left'>answer</th></tr>{rows}</table>")
 
 # %% ../nbs/01_draws.ipynb #e2e9876b
 def draws_from_tokens(

@@ -86,8 +86,9 @@ def _needles(ax, values, shares):
     "Draw point masses as needles with their shares written on top."
     ax.vlines(values, 0, shares, color=COLOURS["draws"], lw=3)
     ax.plot(values, shares, "o", color=COLOURS["draws"], ms=5)
-    for value, share in zip(values, shares):
-        side = "left" if value < .05 else "right" if value > .95 else "center"
+    for i, (value, share) in enumerate(zip(values, shares)):
+        near = np.delete(values, i)
+        side = "center" if np.any(np.abs(near - value) < .12) else "left" if value < .05 else "right" if value > .95 else "center"
         ax.annotate(_share(share), (value, share), ({"left": 4, "center": 0, "right": -4}[side], 5), textcoords="offset points", ha=side, fontsize=8, color=COLOURS["draws"],
                     bbox=dict(fc="white", ec="none", pad=.6, alpha=.8))
 
@@ -113,9 +114,10 @@ def score_density(
     (x, count), ax = _seen(x), _axes(ax)
     values, shares = _atoms(x)
     rest = x[~np.isin(x, values)]
-    if len(rest): sns.histplot(x=rest, weights=np.full(len(rest), 1/len(x)), bins=25, binrange=(0, 1), color=COLOURS["draws"], alpha=.45, lw=0, ax=ax)
+    if len(rest):
+        sns.histplot(x=rest, weights=np.full(len(rest), 1/len(x)), bins=25, binrange=(0, 1), color=COLOURS["draws"], alpha=.45, lw=0, ax=ax)
+        ax.plot(rest, np.full(len(rest), -.05), "|", color=COLOURS["draws"], alpha=.5, ms=7, transform=ax.get_xaxis_transform(), clip_on=False)
     _needles(ax, values, shares)
-    ax.plot(x, np.full(len(x), -.05), "|", color=COLOURS["draws"], alpha=.5, ms=7, transform=ax.get_xaxis_transform(), clip_on=False)
     for at, meaning, line, what in ((greedy, "greedy", "--", "greedy answer"), (x.mean(), "draws", ":", "mean of draws"), (bound, "bound", "-", "mean at most")):
         if at is not None: ax.axvline(float(at), color=COLOURS[meaning], ls=line, label=f"{what} {rounded(at, digits=3) if meaning == 'bound' else format(float(at), '.3g')}")
     ax.set(xlim=(-.02, 1.02), ylim=(0, 1.12*ax.dataLim.y1), xlabel=f"{_name(score)} of one answer", ylabel="share of draws")
