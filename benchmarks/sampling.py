@@ -5,7 +5,7 @@ Every round runs all ways in random order; ratios are taken within a round, and 
 """
 import argparse, copy, itertools, json, random, resource, statistics, subprocess, sys, time
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, ContinuousBatchingConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from probunlearn import sampling
 from probunlearn.batches import pad_batch
 from probunlearn.cli import DEMO, demo_models
@@ -54,6 +54,7 @@ class Workload:
         how = self.decoding
         config = copy.copy(self.lm.generation_config)
         config.update(do_sample=True, top_p=how.top_p, top_k=0, max_new_tokens=how.max_new_tokens, num_return_sequences=min(256, self.n), eos_token_id=self.ends or -1, pad_token_id=0)
+        from transformers import ContinuousBatchingConfig          # newer than the oldest transformers declared
         self.lm.generate_batch([self.prompt], generation_config=config, continuous_batching_config=ContinuousBatchingConfig(page_size=16))
         return self.n / min(256, self.n)
 
