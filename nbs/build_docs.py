@@ -130,6 +130,7 @@ def link(name, book):
 
 def prose(text, book, path):
     "Markdown with public names and module names linked; headings, links and fenced code stay as they are."
+    text = re.sub(r"(</summary>)(.*?)(</details>)", r"\1\n\n\2\n\n\3", text, flags=re.S)       # MyST reads Markdown between HTML only after an empty line
     names = book.public.keys() - book.words.keys() if path.parent.name == "docs" else book.linked
     def linked(m):
         if m[1] in names: return link(m[1], book)

@@ -17,6 +17,7 @@ extensions = ["myst_nb"]
 nb_execution_mode = "off"                       # outputs are those of the committed notebooks
 nb_code_prompt_show, nb_code_prompt_hide = "Source", "Source"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_dmath_double_inline = True                 # $$ … $$ within a paragraph, as in Jupyter
 suppress_warnings = ["myst.header"]             # a lesson may step from # to ###
 add_module_names = False
 python_maximum_signature_line_length = 88
@@ -29,13 +30,14 @@ html_favicon = "_static/icon.svg"
 html_css_files = ["docs.css"]
 html_copy_source = html_show_sourcelink = False
 html_math_renderer = "mathml"
-pygments_style, pygments_dark_style = "friendly", "native"
+pygments_style, pygments_dark_style = "a11y-high-contrast-light", "github-dark"
 
 
 def _mathml(self, node):
     "Formulas as MathML, which browsers draw themselves: no script, nothing to download."
     tex = re.sub(r"\\([bB]ig+)(?![a-zA-Z])", r"\\\1l", node.astext()).replace(r"\dots", r"\ldots")      # docutils' spellings
-    try: self.body.append(str(tex2mathml(tex, as_block=isinstance(node, nodes.math_block))))
+    block = isinstance(node, nodes.math_block)
+    try: self.body.append(f"<div class='formula'>{tex2mathml(tex, as_block=True)}</div>" if block else str(tex2mathml(tex)))
     except MathError as error: logging.getLogger(__name__).warning("formula %r: %s", tex, error, location=node)
     raise nodes.SkipNode
 

@@ -1,6 +1,9 @@
 """Small models and tokenizers that the tests share: real architectures with random weights, so that nothing is downloaded."""
+import importlib.util
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +77,13 @@ def retain():
     "The packaged model that never saw the forget authors; don't train it."
     from probunlearn.models import small_lm
     return small_lm("retain", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The folder of the website, built once as `make docs` builds it."
+    if not importlib.util.find_spec("myst_nb"): pytest.skip("needs pip install -e '.[docs]'")
+    out = tmp_path_factory.mktemp("website")/"site"
+    done = subprocess.run([sys.executable, Path(__file__).parent.parent/"nbs"/"build_docs.py", out], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out

@@ -1,4 +1,7 @@
-"""In a real browser: a lesson and the app are opened, a slider moves by its keys, and the claim follows. `SCREENSHOTS=folder` keeps pictures at two widths."""
+"""In a real browser: a lesson and the app are opened, a slider moves by its keys, and the claim follows; every page of the website is opened.
+
+`SCREENSHOTS=folder` keeps pictures at two widths, light and dark.
+"""
 import contextlib
 import os
 import shutil
@@ -7,7 +10,10 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -102,3 +108,71 @@ def test_a_slider_of_the_app_moves_its_claim_in_voila(browser, tmp_path):
         wait_for_claim(page)
         check(page, "app")
         assert page.locator(".temperature-explorer img").count() == 1
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    "Serves files, and says nothing."
+    def log_message(self, *args): pass
+
+
+@pytest.fixture(scope="module")
+def website(site):
+    "The address of the website."
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def watched(browser, at, width, scheme="light"):
+    "A new browser page, and the list of what goes wrong on it."
+    page, wrong = browser.new_page(viewport=dict(width=width, height=1000), color_scheme=scheme), []
+    page.on("request", lambda request: request.url.startswith((f"{at}/", "data:")) or wrong.append(f"{request.url} is elsewhere"))
+    page.on("requestfailed", lambda request: request.failure == "net::ERR_ABORTED" or wrong.append(f"{request.url}: {request.failure}"))      # aborted: the page was left
+    page.on("response", lambda response: response.status < 400 or wrong.append(f"{response.url}: {response.status}"))
+    page.on("console", lambda message: message.type not in ("error", "warning") or wrong.append(f"{page.url}: {message.text}"))
+    page.on("pageerror", lambda error: wrong.append(f"{page.url}: {error}"))
+    return page, wrong
+
+
+# pictures that do not show, what sticks out of the page where nothing scrolls it, and formulas that stayed TeX
+UGLY = r"""() => {
+    const held = e => e.tagName !== "ARTICLE" && (getComputedStyle(e).overflowX !== "visible" || held(e.parentElement)), wide = document.documentElement.clientWidth
+    const out = [...document.querySelectorAll("article *")].filter(e => e.getClientRects().length && e.getBoundingClientRect().right > wide + 1 && !held(e))
+    const blank = [...document.querySelectorAll("article img")].filter(e => !e.complete || !e.naturalWidth)
+    const tex = [...document.querySelectorAll("article :is(p, li, td, dd, h1, h2, h3, summary, details)")].flatMap(e => [...e.childNodes]).filter(e => e.nodeType === 3 && /\$|\\[a-z]/.test(e.data))
+    return [...blank.map(e => `no picture: ${e.src}`), ...out.map(e => `too wide: ${e.tagName} ${e.textContent.slice(0, 60)}`), ...tex.map(e => `TeX: ${e.data}`)]
+}"""
+
+
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (400, "dark")])
+def test_every_page_of_the_website_loads_and_fits(browser, website, site, width, scheme):
+    page, wrong = watched(browser, website, width, scheme)
+    for path in sorted(site.rglob("*.html")):
+        page.goto(f"{website}/{path.relative_to(site).as_posix()}")
+        wrong += [f"{page.url}: {said}" for said in page.evaluate(UGLY)]
+    page.close()
+    assert wrong == []
+
+
+def test_what_is_ugly_is_found(browser, website):
+    page, wrong = watched(browser, website, 400)
+    page.goto(website)
+    page.evaluate("""() => { document.querySelector("article").innerHTML = "<img src=/nowhere.png><div style='width:900px'>wide</div><div style='overflow-x:auto'><p style='width:900px'>held</p></div><p>costs $2</p>"; console.error("loud") }""")
+    page.wait_for_function("() => document.querySelector('article img').complete")
+    assert [said.split(": ")[0] for said in page.evaluate(UGLY)] == ["no picture", "too wide", "TeX"]
+    assert any("nowhere.png: 404" in said for said in wrong) and any("loud" in said for said in wrong)
+    page.close()
+
+
+def test_search_finds_std_bound(browser, website):
+    page, wrong = watched(browser, website, 1280)
+    page.goto(f"{website}/tutorials/01_greedy_misleads.html")
+    page.locator("input[name=q]").first.fill("std_bound")
+    page.keyboard.press("Enter")
+    page.locator("#search-results a", has_text="probunlearn.bounds.std_bound").first.click(timeout=MINUTES)
+    page.wait_for_url("**/03_bounds.html#probunlearn.bounds.std_bound")
+    page.wait_for_function("() => { const y = document.getElementById(location.hash.slice(1)).getBoundingClientRect().top; return y >= 0 && y < innerHeight }")     # it scrolls there
+    assert page.locator("[id='probunlearn.bounds.std_bound']").inner_text().startswith("std_bound(")
+    page.close()
+    assert wrong == []
