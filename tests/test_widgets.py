@@ -1,4 +1,5 @@
 """Widgets: their claims hold wherever the controls stand, and follow every control."""
+import re
 import subprocess
 import sys
 
@@ -140,7 +141,7 @@ def test_import_loads_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
 
 
-@pytest.mark.parametrize("lesson", sorted(path.stem for path in (NBS/"tutorials").glob("*.ipynb") if ".widgets import" in path.read_text(encoding="utf-8")))
+@pytest.mark.parametrize("lesson", sorted(path.stem for path in (NBS/"tutorials").glob("*.ipynb") if {".widgets import", "with style():"} <= set(re.findall(r"\.widgets import|with style\(\):", path.read_text(encoding="utf-8")))))
 def test_figures_after_a_widget_are_shown(lesson):
     "A widget that is the first to draw must not switch off the figures of the cells below it."
     cells = nbformat.read(NBS/"tutorials"/f"{lesson}.ipynb", as_version=4).cells
