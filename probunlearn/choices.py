@@ -55,7 +55,8 @@ def _behind(tok, qa, prompt, text, template):
     "The tokens of a text behind the prompt's tokens."
     whole = tok(template.texts(tok, qa.question)[0] + text, add_special_tokens=not template.chat)["input_ids"]
     if whole[-1] == tok.eos_token_id and not template.chat: whole = whole[:-1]                              # an end token that the tokenizer adds
-    if whole[:len(prompt)] != prompt or len(whole) == len(prompt): raise ValueError(f"question {qa.id!r}: the tokenizer merges the end of the prompt with {text!r}; end the template's prompt with a visible character")
+    if whole[:len(prompt)] != prompt or len(whole) == len(prompt):
+        raise ValueError(f"question {qa.id!r}: the tokenizer merges the end of the prompt with {text!r}; end the template's prompt with a visible character")
     return whole[len(prompt):]
 
 @torch.no_grad()
@@ -151,12 +152,13 @@ class Options:
         x, base = np.arange(len(order)), np.zeros(len(order))
         columns = [[k, *(j for j in range(height.shape[1]) if j != k)] for k in self.right]
         for i, part in enumerate(np.take_along_axis(height, np.array(columns), 1)[order].T):                # (K, Q) → one row of bars each
-            ax.bar(x, part, .9, base, color=COLOURS["leak"] if not i else COLOURS["draws"], alpha=1 if not i else .35, ec="white", lw=.4, label=["right option", "other options"][i] if i < 2 else None)
+            how = dict(color=COLOURS["draws"], alpha=.35, label="other options" if i == 1 else None) if i else dict(color=COLOURS["leak"], label="right option")
+            ax.bar(x, part, .9, base, ec="white", lw=.4, **how)
             base += part
         ax.axhline(self.chance, color=COLOURS["greedy"], ls="--", lw=1, label="guessing among the options")
         held = f"the right {self.by} holds {height[np.arange(len(x)), self.right].mean():.3g}"
-        empty = self.by == "letter" and self.mass.mean() < .5
-        found = f"Letters hold {rounded(self.mass.mean(), digits=2)} of the probability:\nwhich of them is likeliest says little" if empty else f"{self.correct().sum()} of {len(x)} right, guessing gets {self.chance*len(x):.3g};\n{held} on average"
+        found = f"{self.correct().sum()} of {len(x)} right, guessing gets {self.chance*len(x):.3g};\n{held} on average"
+        if self.by == "letter" and self.mass.mean() < .5: found = f"Letters hold {rounded(self.mass.mean(), digits=2)} of the probability:\nwhich of them is likeliest says little"
         ax.set(ylim=(0, 1.02), xlim=(-.6, len(x) - .4), xticks=[], xlabel="questions, by the right option", ylabel="share among the options" if self.by == "text" else "probability", title=found)
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
         return ax
@@ -195,21 +197,24 @@ def cyclic(
     qa,
 ):          # list of K `QA`: in the first the right option is A, in the second B, …; their ids end in /A, /B, …
     "A multiple-choice question in all cyclic orders of its options."
-    _listing(qa)
+    _listing(qa)    # has it options?
     k, right = len(qa.choices), qa.choices.index(qa.answer)
     return [replace(qa, id=f"{qa.id}/{LETTERS[i]}", choices=tuple(qa.choices[(j - i + right) % k] for j in range(k))) for i in range(k)]
 
 # %% ../nbs/12b_choices.ipynb #d58c46ad
 _SAID = r"\W*(?:(?:the|correct|right|best|final|my|answer|option|choice|is|would|be)\b\W*)*"
-_CLOSED = re.compile(_SAID + r"([a-z])[*\"'’”]*(?:[)\]]|[.:,;]+[*\"'’”]*(?=\s|$)|\s*?(?:\n|$))", re.I)     # "B", "(b)", "B. …", "the answer is B"
-_OPEN = re.compile(f"(?i:{_SAID})([B-HJ-Z])\\s")                                                # "B because …", but not "A town" or "I think"
+_ALONE = r"(?!(?:\W+[a-z]\b)*\W*(?:or|and)\W+[a-z]\b)"                                                   # not "B or C"
+_CLOSED = re.compile(_SAID + r"([a-z])[*\"'’”]*(?:[)\]]|[.:,;]+[*\"'’”]*(?=\s|$)|\s*?(?:\n|$))" + _ALONE, re.I)     # "B", "(b)", "B. …", "the answer is B"
+_OPEN = re.compile(f"(?i:{_SAID})([B-HJ-Z])(?=\\s)(?i:{_ALONE})")                                       # "B because …", but not "A town" or "I think"
 
 def letter_of(
     answer,     # what the model said
     qa,         # a question with `choices`
 ):              # which option, counted from 0, or None
-    "The option that an answer chooses: by its letter, else by its text."
-    found, said = _CLOSED.match(answer.strip()) or _OPEN.match(answer.strip()), plain(answer)
+    "The option that an answer chooses: by the letter that it begins with or calls the answer, else by its text."
+    text, said = answer.strip(), plain(answer)
+    concluded = text[max(0, text.lower().rfind("answer")):]                                             # "… so the answer is B"
+    found = next(filter(None, (rule.match(part) for part in (text, concluded) for rule in (_CLOSED, _OPEN))), None)
     letter = LETTERS.index(found[1].upper()) if found else len(LETTERS)
     bare = [plain(option).rstrip(" .") for option in qa.choices]
     named = [i for i, option in enumerate(bare) if option and keywords_leaked(said, [option])]

@@ -16,6 +16,7 @@ import torch
 # %% ../nbs/17_cli.ipynb #515c769b
 from .batches import processes
 from .bounds import check_alpha, leaked
+from .choices import LISTED, by_letter, by_text, letter_counts, lettered, right_letter
 from .data import Template, fictional_authors, load_qa
 from .draws import Decoding
 from .evaluation import evaluate, run_cost
@@ -123,7 +124,7 @@ class Evaluate:
     n: int = 1024
     "draws per question"
     score: str = "keywords"
-    "keywords, keywords_any, keywords_all, rouge_l_recall, rouge_l_f1, rouge_1_recall, exact_match, …"
+    "keywords, keywords_any, keywords_all, rouge_l_recall, rouge_l_f1, rouge_1_recall, exact_match, …; right_letter lists the options of multiple-choice questions and reads the letter"
     leak_at: float = 1.0
     "a draw leaks when its score is at least this"
     alpha: float = 0.01
@@ -151,17 +152,24 @@ class Evaluate:
         decoding, qas = Decoding(self.temperature, self.top_p, self.top_k, self.max_new_tokens), _records(self.data, self.split)
         retain = _records(self.data, self.retain_split) if self.retain_split else []
         rule = AdaptiveTemperature(self.adaptive) if self.adaptive is not None else None
-        check_alpha(self.alpha); leaked([], self.leak_at); check_score(self.score, qas + retain)
+        letters, plain = self.score == "right_letter", qas
+        if self.score.startswith("keywords") and all(qa.choices and not qa.keywords for qa in qas): raise ValueError("these are multiple-choice questions without key words: add --score right_letter")
+        if letters: qas, retain = [lettered(qa) for qa in qas], [lettered(qa) for qa in retain]
+        score = right_letter if letters else self.score
+        check_alpha(self.alpha); leaked([], self.leak_at); check_score(score, qas + retain)
         if self.n < 1: raise ValueError(f"n must be at least 1, got {self.n}")
-        looks, shard, template = int(self.looks) if (self.looks or "").isdigit() else self.looks, _shard(self.shard), Template(self.prompt)
+        looks, shard = int(self.looks) if (self.looks or "").isdigit() else self.looks, _shard(self.shard)
+        template = LISTED if letters and self.prompt == Template.prompt else Template(self.prompt)
         _folder(self.out)
         lm, tok = _model(self.model)
         print(f"cost: {run_cost(lm, tok, qas, self.n, decoding, template, rule, retain)}", flush=True)
-        report = evaluate(lm, tok, qas, self.n, self.score, self.leak_at, self.alpha, decoding, self.seed, self.out, retain,
+        if letters: print(f"exactly, without draws:\n• {by_letter(lm, tok, qas, template)}\n• {by_text(lm, tok, plain)}", flush=True)
+        report = evaluate(lm, tok, qas, self.n, score, self.leak_at, self.alpha, decoding, self.seed, self.out, retain,
                           template=template, rule=rule, name=self.name or self.model, looks=looks, shard=shard)
         if report is None: return
         report.how["command"] = as_command("evaluate", self)
         print("\n".join(f"• {claim}" for claim in report.claims))
+        if letters: print(f"• {letter_counts(report.forget.draws, report.forget.qas)[:, -1].sum():,} of {len(qas) * self.n:,} draws choose no option, which counts as no leak")
         print(f"report: {report.save(Path(self.out)/'report.html')}")
 
 def _shard(text):

@@ -42,6 +42,9 @@ class ReadRun:
 def _read(folder, name=None, **how):
     "The report of one run folder."
     from probunlearn.reading import report_run
+    if how["score"] == "right_letter":
+        from probunlearn.choices import right_letter
+        how["score"] = right_letter
     return report_run(folder, name=name or Path(folder).resolve().name, **how)
 
 @dataclass(kw_only=True)
@@ -135,6 +138,8 @@ COMMANDS = {    # name → (module, class, what it does, an example that teaches
                  "probunlearn evaluate … --n 2048 --out runs/full\n"
                  "    draws only what is missing; as 512 were looked at, the claims are now anytime ones\n"
                  "    (to look twice at fixed n, say --looks 2 from the first time on: each look pays half of alpha)\n"
+                 "probunlearn evaluate --model small:full --data wmdp.jsonl --score right_letter --max_new_tokens 8 --out runs/letters\n"
+                 "    multiple choice: options are listed by letter; prints their exact probabilities, too\n"
                  "torchrun --nproc_per_node 2 --no-python probunlearn evaluate … --out runs/full\n"
                  "    two processes share the questions; as separate jobs: --shard 0/2 and --shard 1/2"),
     "report": ("shell", "ReadRun", "Report on draws that are there, by another score, threshold or level; the model isn't needed.",

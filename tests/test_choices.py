@@ -150,17 +150,17 @@ def test_cyclic_orders():
 
 # Letters of sampled answers
 
-@pytest.mark.parametrize("answer", ["{}", " {}.", "({})", "[{}]", "{})", "{}:", "**{}**", "**{}.**", "\"{}\"", "Answer: {}", "The answer is {}.", "the correct answer is ({})", "Option {}", "My final answer is: {}", "{}. I am sure", "{}\nBecause it is so"])
+@pytest.mark.parametrize("answer", ["{}", " {}.", "({})", "[{}]", "{})", "{}:", "**{}**", "**{}.**", "\"{}\"", "Answer: {}", "The answer is {}.", "the correct answer is ({})", "Option {}", "My final answer is: {}", "{}. I am sure", "{}\nBecause it is so", "It rains there, so the answer is {}.", "The answer can be found: answer {}"])
 def test_letters_are_read(answer):
     for i, letter in enumerate("ABCD"): assert letter_of(answer.format(letter), TOWN) == i
     assert letter_of(answer.format("E"), TOWN) is None                                                           # there are four
 
 
-@pytest.mark.parametrize("answer, option", [("b)", 1), ("(b)", 1), ("b.", 1), ("B because", 1), ("C Trersumor", 2), ("It is Laerzaera", 1), ("LAERZAERA", 1), ("In Laer, I think", 3), ("B. Laerzaera, not Trersumor", 1), ("A Nolbreilel", 0)])
+@pytest.mark.parametrize("answer, option", [("b)", 1), ("(b)", 1), ("b.", 1), ("B because", 1), ("C Trersumor", 2), ("It is Laerzaera", 1), ("LAERZAERA", 1), ("In Laer, I think", 3), ("B. Laerzaera, not Trersumor", 1), ("A Nolbreilel", 0), ("B. A town and I", 1), ("No idea what the answer is, Laerzaera", 1)])
 def test_other_answers_are_read(answer, option): assert letter_of(answer, TOWN) == option
 
 
-@pytest.mark.parametrize("answer", ["", " ", "...", "A town", "a small town", "I do not know", "Before", "Dear reader", "A-bomb", "Nolbreilel or Trersumor", "C. Laerzaera", "Laerza", "None of them", "The answer is a town", "É", "7"])
+@pytest.mark.parametrize("answer", ["", " ", "...", "A town", "a small town", "I do not know", "Before", "Dear reader", "A-bomb", "Nolbreilel or Trersumor", "C. Laerzaera", "Laerza", "None of them", "The answer is a town", "B or C", "(B) and (C)", "A, B or D", "The answer is not B", "vitamin B", "The answer is that I know nothing", "É", "7"])
 def test_no_letter_is_no_verdict(answer):
     assert letter_of(answer, TOWN) is None and no_letter(answer, TOWN) == 1 and right_letter(answer, TOWN) == 0
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import probunlearn.cli
+from probunlearn.choices import LISTED, as_choices
 from probunlearn.data import fictional_authors
 from probunlearn.shell import COMMANDS, main
 
@@ -118,6 +119,21 @@ def test_records_of_ones_own_by_another_score(data, capsys):
     assert main(args) is None and "anytime" in capsys.readouterr().out
     args[args.index("--seed") + 1 if "--seed" in args else len(args):] = ["--seed", "1"]
     assert "another seed: 0 there, 1 now" in main(args)
+
+
+def test_multiple_choice(data, capsys):
+    rows = [dict(question=qa.question, choices=qa.choices, answer=qa.choices.index(qa.answer)) for qa in (as_choices(qa, k=4) for qa in fictional_authors("forget01"))]
+    (data/"wmdp.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    how = dict(model="small:full", data=data/"wmdp.jsonl", out=data/"letters", n=64, max_new_tokens=4)
+    assert "add --score right_letter" in main(["evaluate", *words(**how)])
+    capsys.readouterr()
+    assert main(["evaluate", *words(**how, score="right_letter")]) is None
+    said, report = capsys.readouterr().out, json.loads((data/"letters"/"report.json").read_text())
+    assert "4 questions by letter" in said and "4 questions by text: likeliest right 1," in said and report["score"] == "right_letter"
+    assert re.search(r"\d+ of 256 draws choose no option", said)
+    run = json.loads((data/"letters"/"run.json").read_text())
+    assert run["settings"]["template"]["prompt"] == LISTED.prompt and run["questions"]["forget"][0]["question"].endswith(f"\nD. {rows[0]['choices'][3]}")
+    assert main(["report", *words(folder=data/"letters", score="right_letter", name="small:full")]) is None and report["claims"][0] in capsys.readouterr().out
 
 
 def test_finetune_unlearn_evaluate(data):
