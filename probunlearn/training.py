@@ -57,6 +57,7 @@ METHODS = dict(
     undial=Method(lambda b, c: undial(b.forget, b.forget_teacher.logits, **c.given(beta="beta")) + keep(b, c), ("logits", "teacher")),
     ce_u=Method(lambda b, c: ce_u(b.forget) + keep(b, c), ("logits",)),
     rmu=Method(lambda b, c: rmu(b.forget, b.control) + c.retain_weight * rmu(b.retain, b.retain_teacher.hidden), ("hidden", "teacher")),
+    retain_only=Method(keep),
 )
 
 # %% ../nbs/15_training.ipynb #be42b18f
@@ -68,7 +69,7 @@ class UnlearnConfig(TrainConfig):
     lr: float = 1e-5
     "peak learning rate of AdamW"
     method: str = "npo"
-    "grad_ascent, grad_diff, wga, satimp, npo, simnpo, idk, dpo, undial, ce_u or rmu"
+    "grad_ascent, grad_diff, wga, satimp, npo, simnpo, idk, dpo, undial, ce_u, rmu, or retain_only (no forget loss: retain and entropy alone, for a model that refuses already)"
     beta: float = None
     "how soon the push fades (NPO, SimNPO, DPO, WGA, SatImp's first), how far the secret's logit is lowered (UNDIAL); default: the method's own"
     beta2: float = None
