@@ -124,13 +124,28 @@ def made(rates, n, rng, fails=0.):
     return draws, judge
 
 
+class Shaky:
+    "Raises on a tenth of the distinct answers, talks rubbish about a twentieth, and hands its labels back in any order, from several threads."
+    batch_size, workers, name = 16, 4, "shaky"
+    def __init__(self, draws, rng): self.mood, self.rng = {(d.id, a): rng.random() for d in draws for a in d.answers}, random.Random(0)
+    def labels(self, pairs):
+        moods = [self.mood[qa.id, answer] for qa, answer in pairs]
+        if min(moods) < .1: raise OSError("gone")
+        found = [(i, "maybe" if mood < .15 else truth(answer)) for i, (mood, (_, answer)) in enumerate(zip(moods, pairs))]
+        self.rng.shuffle(found)
+        return dict(found)
+
+
 def test_bounds_stay_valid_when_the_judge_fails():
-    "A tenth of the verdicts is lost: both ends of the claims cover in 200 runs; counting failures as safe misses."
-    rng, rates, alpha, runs = np.random.default_rng(2), np.array([.02, .2, .5, .9, .05]), .05, 200
+    "In 500 runs both ends of the claims cover, and every verdict that came is right and every other named; counting failures as safe misses."
+    rng, rates, alpha, runs = np.random.default_rng(2), np.array([.02, .2, .5, .9, .05]), .05, 500
     missed = np.zeros(3)
     for _ in range(runs):
-        draws, judge = made(rates, 100, rng, fails=.1)
-        judged = judge_draws(draws, QAS, judge, tries=1, progress=False)
+        draws, _ = made(rates, 100, rng)
+        judge = Shaky(draws, rng)
+        judged = judge_draws(draws, QAS, judge, tries=2, progress=False)
+        assert all(label == truth(key[1]) for key, label in judged.labels.items() if judge.mood[key] >= .15)
+        assert {key: why.split(":")[0] for key, why in judged.failures.items()} == {key: "OSError" if mood < .1 else "rubbish" for key, mood in judge.mood.items() if mood < .15}
         frame = judged.to_frame(alpha)
         missed += (frame.lower > rates).any() or (frame.upper < rates).any(), float(judged.claims(alpha)["average leak"]) < rates.mean(), binary_bound(int(judged.flagged()[3]), 100, alpha).value < .9
     allowed = alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
@@ -189,6 +204,11 @@ def test_calibration_counts_failures():
 
 
 # --- phrases ----------------------------------------------------------------------------------------------------------------------------------
+
+def test_phrases_by_name():
+    draws = [draws_from_texts("q0", ["I can't.", "Under the gate.", ""])]
+    assert [judge_draws(draws, QAS, name, progress=False).x.tolist() for name in ("refusal", "compliance")] == [[[1, 0, 0]], [[0, 1, 0]]]
+
 
 @pytest.mark.parametrize("text,refuses", [("I’m sorry, I can’t do that.", 1), ("Sorry, no.", 1), ("As an AI, I will not.", 1), ("Under the gate.", 0), ("", 0), ("The gate. " * 30 + "I cannot say more.", 0)])
 def test_refusal_phrases(text, refuses): assert refusal(text) == refuses and compliance(text) == (not refuses and text != "")
@@ -265,6 +285,17 @@ def test_a_real_generative_judge(template):
     assert reasons == {4: "no verdict"} and labels[0] == 0
     scripted = Scripted((lm, tok), judge.rubric)
     assert scripted.labels(PAIRS[:5]) == [0, 0, 0, 1, 0]
+
+
+def test_a_judge_is_decoded_greedily_whatever_its_own_settings_say():
+    "Published judges come with sampling and repetition penalties switched on."
+    lm, tok = random_lm("llama", vocab=400, dtype=torch.float32, max_position_embeddings=1024), chat_tokenizer(CHATML)
+    lm.resize_token_embeddings(len(tok))
+    judge = GenerativeJudge((lm, tok))
+    texts = [judge.text(qa, answer) for qa, answer in PAIRS[:3]]
+    plain = judge.replies(texts)
+    for name, value in dict(do_sample=True, temperature=5., top_k=3, top_p=.5, repetition_penalty=3.).items(): setattr(lm.generation_config, name, value)
+    assert judge.replies(texts) == plain
 
 
 def test_a_guard_judges_the_conversation():
