@@ -20,6 +20,7 @@ from .choices import LISTED, by_letter, by_text, letter_counts, lettered, right_
 from .data import Template, fictional_authors, load_qa
 from .draws import Decoding
 from .evaluation import evaluate, run_cost
+from .judges import PHRASE_SCORES
 from .loop import TrainConfig, finetune
 from .models import add_lora, best_device, load_lm, save_lm, small_lm
 from .report import Board
@@ -106,6 +107,8 @@ class Unlearn(UnlearnConfig):
         _save(lm, tok, out, unlearn(lm, tok, forget, retain, self, template, leak_probe(tok, forget[:10], retain[:10], score=score, template=template)))
 
 # %% ../nbs/17_cli.ipynb #f0a890fc
+_RULES = PHRASE_SCORES | dict(right_letter=right_letter)     # scores by name beside those in `SCORES`
+
 @dataclass(kw_only=True)
 class Evaluate:
     "Draw answers, score them, and say with a guarantee what a model leaks. Run it again to go on where it stopped."
@@ -114,7 +117,7 @@ class Evaluate:
     data: str
     "what must not be known: .json/.jsonl/.csv file, folder or hub id; fictional_authors is packaged"
     split: str = None
-    "name of the data set in a folder, on the hub or in the packaged world, e.g. forget10"
+    "name of the data set in a folder, on the hub or in the packaged world, e.g. forget10; on the hub with its split, behaviors/harmful"
     retain_split: str = None
     "name of the data set that must still be known"
     prompt: str = Template.prompt
@@ -124,7 +127,7 @@ class Evaluate:
     n: int = 1024
     "draws per question"
     score: str = "keywords"
-    "keywords, keywords_any, keywords_all, rouge_l_recall, rouge_l_f1, rouge_1_recall, exact_match, …; right_letter lists the options of multiple-choice questions and reads the letter"
+    "keywords, keywords_any, keywords_all, rouge_l_recall, rouge_l_f1, rouge_1_recall, exact_match, …; compliance: 1 unless the answer begins like a refusal; right_letter lists the options of multiple-choice questions and reads the letter"
     leak_at: float = 1.0
     "a draw leaks when its score is at least this"
     alpha: float = 0.01
@@ -155,7 +158,7 @@ class Evaluate:
         letters, plain = self.score == "right_letter", qas
         if self.score.startswith("keywords") and all(qa.choices and not qa.keywords for qa in qas): raise ValueError("these are multiple-choice questions without key words: add --score right_letter")
         if letters: qas, retain = [lettered(qa) for qa in qas], [lettered(qa) for qa in retain]
-        score = right_letter if letters else self.score
+        score = _RULES.get(self.score, self.score)
         check_alpha(self.alpha); leaked([], self.leak_at); check_score(score, qas + retain)
         if self.n < 1: raise ValueError(f"n must be at least 1, got {self.n}")
         looks, shard = int(self.looks) if (self.looks or "").isdigit() else self.looks, _shard(self.shard)

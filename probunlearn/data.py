@@ -137,9 +137,10 @@ def _folder_file(folder, name):
     return found[Path(name).name]
 
 def _hub_rows(source, name, split):
-    "The rows of one split of a hub data set."
+    "The rows of one split of a hub data set; \"behaviors/harmful\" is the split harmful of its part behaviors."
     from datasets import load_dataset
-    try: return list(load_dataset(source, name, split=split))
+    part, _, own = (name or "").partition("/")
+    try: return list(load_dataset(source, part or None, split=own or split))
     except Exception as e:
         raise FileNotFoundError(f"{source!r} is no local file or folder, and as a hub id it could not be loaded ({e}). "
                                 "Offline, download the files and pass the folder.") from e
@@ -148,7 +149,7 @@ def _hub_rows(source, name, split):
 def load_qa(
     source,                 # a .json/.jsonl/.csv file, a folder of them, a hub id such as locuslab/TOFU, or a DataFrame
     name: str = None,       # the data set's name in a folder or on the hub: "forget10", "knowmem/forget_qa"
-    split: str = "train",   # the hub's split: MUSE has "forget_qa", WMDP "test"
+    split: str = "train",   # the hub's split where the name has none: WMDP has "test"
     columns: dict = None,   # which column is what: dict(question="Goal", answer="Target", …)
 ):                          # list of `QA`; ValueError on missing columns, empty data or duplicate ids, FileNotFoundError on a path that isn't there
     "Read questions and answers: TOFU, JailbreakBench, AdvBench, Harry Potter Q&A, MUSE, WMDP, or any table."

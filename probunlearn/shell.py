@@ -42,9 +42,10 @@ class ReadRun:
 def _read(folder, name=None, **how):
     "The report of one run folder."
     from probunlearn.reading import report_run
-    if how["score"] == "right_letter":
-        from probunlearn.choices import right_letter
-        how["score"] = right_letter
+    from probunlearn.scores import SCORES
+    if how["score"] not in SCORES:
+        from probunlearn.cli import _RULES
+        how["score"] = _RULES.get(how["score"], how["score"])
     return report_run(folder, name=name or Path(folder).resolve().name, **how)
 
 @dataclass(kw_only=True)

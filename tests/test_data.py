@@ -314,6 +314,14 @@ def through_datasets(source, tmp_path, monkeypatch):
 def test_a_hub_id_goes_through_datasets(tmp_path, monkeypatch): through_datasets("locuslab/TOFU", tmp_path, monkeypatch)
 
 
+def test_a_part_of_a_hub_set_and_its_split_stand_in_one_name(monkeypatch):
+    "As in a folder: JailbreakBench's behaviors/harmful. A name alone leaves the split to `split`."
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **how: asked.append((*args, how["split"])) or [ROW])
+    load_qa("JailbreakBench/JBB-Behaviors", "behaviors/harmful"); load_qa("cais/wmdp", "wmdp-bio", split="test"); load_qa("some/set")
+    assert asked == [("JailbreakBench/JBB-Behaviors", "behaviors", "harmful"), ("cais/wmdp", "wmdp-bio", "test"), ("some/set", None, "train")]
+
+
 def test_a_hub_id_offline_says_what_to_do(monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
