@@ -56,12 +56,16 @@ app: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[browser]"
 	$(BIN)/voila nbs/app.ipynb
 
-# builds from the committed outputs; runs no notebook
+# builds from the committed outputs: runs no notebook, and needs neither PyTorch nor the package
 docs: $(VENV)/docs
 	$(BIN)/python nbs/build_docs.py
 
-$(VENV)/docs: $(READY)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+# what pyproject.toml lists as docs = [...]
+DOCS := $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
+
+$(VENV)/docs: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt $(DOCS)
 	@touch $@
 
 # installs again when the dependencies change

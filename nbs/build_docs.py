@@ -156,12 +156,13 @@ def entry_text(entry, module, fence=6):
 
 
 def frozen(outputs):
-    "Outputs for a page without a kernel: of a widget stays the picture that it was stored with."
+    "Outputs for a page without a kernel: of a widget stays the HTML that it was stored with."
     for output in outputs:
-        live = output.get("data", {}).pop(WIDGET, None)
-        if live and "image/png" not in output["data"]: continue
+        data = output.get("data", {})
+        if data.pop(WIDGET, None):
+            if "text/html" not in data: continue
+            data["text/html"] = f"<div class='frozen'>{data['text/html']}<p>As it was left; it moves when the notebook runs.</p></div>"
         yield nbformat.from_dict(output)
-        if live: yield nbformat.v4.new_output("stream", text="As it was left; it moves when the notebook runs.\n")
 
 
 def page_cells(path, book):

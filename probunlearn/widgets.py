@@ -58,7 +58,7 @@ class Explorer(W.VBox):
         self.claim.value = f"<div class='claim' style='max-width:600px;line-height:1.4' aria-live='polite'>{claim}</div>"
 
     def _repr_mimebundle_(self, **kwargs):
-        return super()._repr_mimebundle_(**kwargs) | {"image/png": b64encode(self.png).decode()}
+        return super()._repr_mimebundle_(**kwargs) | {"text/html": self.picture.value + self.claim.value}
 
 # %% ../nbs/08_widgets.ipynb #78191e06
 def bound_explorer(): # `Explorer`

@@ -43,11 +43,11 @@ def test_directives_and_hidden_cells_stay_behind(staged):
     assert [source for cells in sources(staged).values() for source in cells if re.search(r"^#\| *(export|hide|default_exp|slow|cuda)\b", source, re.M)] == []
 
 
-def test_widgets_become_pictures(staged):
+def test_widgets_become_pictures_and_claims(staged):
     cells = nbformat.read(staged/"08_widgets.ipynb", as_version=4).cells
     outputs = [output for cell in cells if cell.cell_type == "code" and cell.source.startswith("bound_explorer") for output in cell.outputs]
-    assert any("image/png" in output.get("data", {}) for output in outputs)
-    assert not [output for output in outputs if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
+    assert len(outputs) == 1 and "<img alt='Tightest that holds" in outputs[0].data["text/html"] and "truth 0.0100" in outputs[0].data["text/html"]
+    assert "application/vnd.jupyter.widget-view+json" not in outputs[0].data
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0][:30])
