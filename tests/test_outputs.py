@@ -21,3 +21,9 @@ def test_outputs_are_kept_and_clean(path):
     assert outputs, "no cell has an output: run python nbs/execute.py on it"
     assert [output.ename for output in outputs if output.output_type == "error"] == []
     assert [found for output in outputs for found in HOMES.findall(text(output))] == []
+
+
+def test_widgets_are_kept_with_a_picture():
+    outputs = [(path.stem, output.data) for path in notebooks() for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" for output in cell.outputs if "data" in output]
+    widgets = [(name, data) for name, data in outputs if "application/vnd.jupyter.widget-view+json" in data]
+    assert len(widgets) > 10 and [name for name, data in widgets if "<img alt='" not in data.get("text/html", "")] == []
