@@ -1,0 +1,55 @@
+"""Every lesson ends with an exercise: a starter, a hidden reference, a check for the reader, and hidden wrong answers that fail it with a message that helps.
+
+nbdev_test runs the hidden cells; here it is only seen that they are there.
+"""
+import ast
+import re
+
+import nbformat
+import pytest
+
+from cells import HERE
+
+LESSONS = sorted((HERE/"tutorials").glob("*.ipynb"))
+
+
+def flagged(source, flag): return bool(re.search(rf"^#\|\s*{flag}\s*$", source, re.M))
+def functions(source): return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+def is_open(node): return isinstance(node, ast.Constant) and node.value in (..., None)
+
+
+def complaints(sources):
+    "What the exercise of a lesson lacks, given the sources of its code cells."
+    starts = [i for i, source in enumerate(sources) if flagged(source, "eval: false")]
+    if len(starts) != 1 or len(sources) - starts[0] != 4: return ["a lesson ends with four code cells: starter (eval: false), reference, check, wrong answers"]
+    starter, reference, check, wrong = sources[starts[0]:]
+    (name, left), found = next(iter(functions(starter).items())), []
+    if not is_open(getattr(left.body[-1], "value", None)): found.append("the starter is to be left open")
+    if not (flagged(reference, "hide") and name in functions(reference)): found.append(f"no hidden reference of {name}")
+    if flagged(check, "hide") or "check" not in functions(check) or not re.search(rf"^check\({name}\)$", check, re.M): return [*found, f"no visible check({name})"]
+    if not all(node.msg for node in ast.walk(functions(check)["check"]) if isinstance(node, ast.Assert)): found.append("an assert of the check says nothing")
+    loop = next((node for node in ast.parse(wrong).body if isinstance(node, ast.For)), None)
+    if not (flagged(wrong, "hide") and loop): return [*found, "no hidden loop over wrong answers"]
+    tried = [pair.elts for pair in loop.iter.elts]
+    if len(tried) < 3 or not any(isinstance(answer, ast.Lambda) and is_open(answer.body) for answer, _ in tried): found.append("the starter and two plausible wrong answers are to be tried")
+    if not all(re.search(pattern, wrong) for pattern in (r"try: check\(wrong\)", r"assert why in str\(", r"else: raise AssertionError")): found.append("a wrong answer must fail with its message")
+    return found
+
+
+def code(path): return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_exercise_is_complete(path): assert complaints(code(path)) == []
+
+
+GOOD = ["import math", "#| eval: false\ndef f(x): ...", "#| hide\ndef f(x): return x", "def check(g):\n    assert g(1) == 1, 'one stays one'\ncheck(f)",
+        "#| hide\nfor wrong, why in ((lambda x: ..., 'one'), (lambda x: -x, 'one'), (lambda x: 2, 'one')):\n    try: check(wrong)\n    except AssertionError as e: assert why in str(e)\n    else: raise AssertionError('passed')"]
+
+
+@pytest.mark.parametrize("cell, old, new", [(1, "#| eval: false\n", ""), (1, "...", "return x"), (2, "#| hide\n", ""), (2, "def f", "def h"), (3, "check(f)", ""), (3, ", 'one stays one'", ""), (3, "def", "#| hide\ndef"),
+                                            (4, "#| hide\n", ""), (4, "(lambda x: ..., 'one'), ", ""), (4, "lambda x: ...", "lambda x: 3"), (4, "assert why in str(e)", "pass"), (4, "else: raise AssertionError('passed')", "")])
+def test_an_incomplete_exercise_is_seen(cell, old, new):
+    assert complaints(GOOD) == [] and old in GOOD[cell]
+    assert len(complaints([*GOOD[:cell], GOOD[cell].replace(old, new, 1), *GOOD[cell + 1:]])) == 1
+    assert complaints(GOOD[:cell] + GOOD[cell + 1:]) and complaints([])
