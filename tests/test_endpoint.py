@@ -11,10 +11,12 @@ import urllib.request
 from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from packaging.version import Version
 from scipy.stats import chisquare
 
 from probunlearn.bounds import mean_bound
@@ -25,7 +27,7 @@ from probunlearn.models import save_lm
 from probunlearn.sampling import greedy, sample
 from probunlearn.scores import score_draws
 
-LACKING = [name for name in ("fastapi", "uvicorn", "openai") if not find_spec(name)]
+LACKING = [name for name in ("fastapi", "uvicorn", "openai") if not find_spec(name)] + ["transformers 5.6, from which on it is given a model"]*(Version(version("transformers")) < Version("5.6"))
 real = pytest.mark.skipif(bool(LACKING), reason=f"transformers serve needs {', '.join(LACKING)}: pip install 'transformers[serving]'")
 CHAT = "{% for m in messages %}Question: {{ m['content'] }}\n{% endfor %}Answer:"       # the package's plain template as a chat template
 QAS, SHORT = fictional_authors("forget10")[:2], Decoding(max_new_tokens=16)
