@@ -231,7 +231,7 @@ def test_a_processor_serves_many_calls():
         return lm.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=5, logits_processor=[processor]).tolist()
     for prompt, rows in (([1, 2, 3], 3), ([1, 2, 3], 3), ([3, 2, 1], 3), ([1, 2, 3, 4], 3), ([7] * 8, 3), ([7] * 13, 3), ([1, 2, 3], 5), ([1, 2], 1)):
         assert run(old, prompt, rows) == run(rule.processor(), prompt, rows)
-    assert run(old, [1, 2, 3]) != run(AdaptiveTemperature(1.0).processor(), [1, 2, 3])                              # and the rule does something here
+    assert any(run(old, prompt) != run(AdaptiveTemperature(1.0).processor(), prompt) for prompt in ([1, 2, 3], [3, 2, 1], [7] * 8))     # and the rule does something here
 
 
 def test_tokens_taken_back_take_their_confidence_with_them():
