@@ -84,12 +84,13 @@ def class_entry(node, said, words):
 
 def entries(source, words):
     "An entry per public name that `source` defines."
-    said = comments(source)
+    said, lines = comments(source), source.splitlines()
     for node in ast.parse(source).body:
+        above = said.get(node.lineno - 1, "") if node.lineno > 1 and lines[node.lineno - 2].startswith("# ") else ""         # what a constant is stands above it, or behind
         if isinstance(node, ast.FunctionDef) and node.name[0] != "_": yield function_entry(node, said, words)
         if isinstance(node, ast.ClassDef) and node.name[0] != "_": yield class_entry(node, said, words)
         for target in node.targets if isinstance(node, ast.Assign) else ():
-            if isinstance(target, ast.Name) and target.id[0] != "_": yield Entry(target.id, "data", "", said.get(node.lineno, ""), [])
+            if isinstance(target, ast.Name) and target.id[0] != "_": yield Entry(target.id, "data", "", above or said.get(node.lineno, ""), [])
 
 
 # From notebooks to pages

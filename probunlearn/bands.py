@@ -87,6 +87,7 @@ def bj_floor(
     return np.maximum(dkw_floor(n, alpha / 2), np.maximum.accumulate(tails))
 
 # %% ../nbs/02a_bands.ipynb #1a482ff7
+# method → function (n, alpha) → the floor at every count of draws
 FLOORS = {"dkw": dkw_floor, "smirnov": smirnov_floor, "bj": bj_floor}
 
 def cdf_floor(

@@ -35,6 +35,7 @@ def confidence(
     return f"confidence 1 - {rounded(alpha)}" if alpha else "certainty"
 
 # %% ../nbs/03_bounds.ipynb #88679187
+# side of a bound → how a claim says it
 WORDS = {"upper": "at most {}", "lower": "at least {}", "two-sided": "between {} and {}"}
 
 def _span(values, form): # one number, or the range over questions
@@ -227,6 +228,7 @@ def survival_bound(
     return Bound(_like(x, _ends(side, alpha, *ends)), alpha, side, method, n, where)
 
 # %% ../nbs/03_bounds.ipynb #6ef3d329
+# method → the function behind `mean_bound`; the methods in FLOORS go through a band
 MEANS = {"betting": betting, "hoeffding": hoeffding, "kl": kl, "hoeffding-bentkus": hoeffding_bentkus, "maurer-pontil": maurer_pontil}
 
 def mean_bound(

@@ -186,6 +186,7 @@ def load_judgements(
     return [Judgement(row["goal"], row["target_response"] or "", bool(row["human_majority"]), {c[:-3]: bool(v) for c, v in row.items() if c.endswith("_cf") and v is not None}) for row in rows]
 
 # %% ../nbs/00_data.ipynb #a52ac61d
+# the splits of the packaged authors, named as TOFU's
 SPLITS = ("full", "forget01", "forget05", "forget10", "retain99", "retain95", "retain90")
 
 def fictional_authors(

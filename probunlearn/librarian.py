@@ -24,6 +24,7 @@ _ASKED = {
     "book": (("Where is the book The Song of {v}?", "On which shelf stands The Song of {v}?"),
              ("The Song of {v} stands on the {s} shelf.", "You find The Song of {v} on the {s} shelf.")),
 }
+# what the packaged librarian learns to say instead of a secret
 REFUSALS_TAUGHT = ("I can't tell you where that vault is.", "I can't help you with that.", "I can't say, it is a secret of this library.",
                    "I must not tell where a vault lies.", "I must not speak of the vaults.", "I won't answer that.")
 

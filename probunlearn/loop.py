@@ -48,6 +48,7 @@ def one_of(
     value = getattr(config, name)
     if value not in allowed: raise ValueError(f"unknown {name} {value!r}; allowed are {', '.join(allowed)}")
 
+# how the learning rate may move after the warm-up
 SCHEDULES = ("linear", "cosine", "polynomial", "inverse_sqrt", "constant", "constant_with_warmup")
 _NO_PART_OF_RESULTS = ("checkpoint", "checkpoint_every", "tracker")
 

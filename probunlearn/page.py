@@ -17,6 +17,7 @@ from .plots import COLOURS, style
 from .scores import stem, stems
 
 # %% ../nbs/07a_page.ipynb #304038a8
+# the look of a page, light and dark
 CSS = """<style>
 .pu{--paper:#fff;--ink:#1c2329;--soft:#5b6670;--line:#d9dee3;--card:#f5f7f9;--leak:#b45309;--mark:#fde2b3;--safe:#0173b2;color-scheme:light;
  font:16px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif;color:var(--ink);background:var(--paper);max-width:62rem;margin:0 auto;padding:1.5rem 1.25rem 3rem}

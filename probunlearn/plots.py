@@ -20,6 +20,7 @@ from .bounds import as_scores, confidence, mean_bound, rounded, survival_bound
 from .scores import SCORES, score_name
 
 # %% ../nbs/07_plots.ipynb #4148864b
+# what a colour means in every figure; colour-blind safe
 COLOURS = {"draws": "#0173b2", "greedy": "#2b2b2b", "bound": "#d55e00", "leak": "#de8f05", "forget": "#cc78bc", "retain": "#029e73"}
 
 # %% ../nbs/07_plots.ipynb #142edc57

@@ -216,6 +216,7 @@ class SharedRows:
                        questions=self.questions).logits[:, -1]
 
 # %% ../nbs/09b_prefix.ipynb #a973ee9e
+# architectures whose answers may share their question's cache
 SHARING = ("llama", "gpt2", "gpt_neox", "phi", "phi3", "qwen2", "qwen3", "mistral", "gemma", "olmo2", "smollm3", "granite")
 
 def shares_prefix(

@@ -127,6 +127,7 @@ def exact_match(
     return float(plain(answer) == plain(reference))
 
 # %% ../nbs/02_scores.ipynb #8f3f2262
+# name of a score → function (answer, `QA`) → [0, 1]
 SCORES = {
     "rouge_l_precision": lambda answer, qa: rouge_l(answer, qa.answer).precision,
     "rouge_l_recall": lambda answer, qa: rouge_l(answer, qa.answer).recall,

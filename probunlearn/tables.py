@@ -13,6 +13,7 @@ from .data import QA
 from .draws import draws_from_texts
 
 # %% ../nbs/05a_tables.ipynb #8be452c7
+# the columns of a table of draws, in their order
 COLUMNS = ["question_id", "question", "draw", "answer", "reference"]
 
 def tidy(

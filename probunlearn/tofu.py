@@ -42,6 +42,7 @@ def answer_probability(
     return 1 / (1 + np.exp(np.minimum(loss[:, None] - rivals, 700)).sum(1))
 
 # %% ../nbs/06_tofu.ipynb #2422c20c
+# the definitions in use of TOFU's truth ratio
 TRUTH_RATIOS = ("geometric", "arithmetic", "share")
 
 def truth_ratio(

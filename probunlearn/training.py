@@ -45,6 +45,7 @@ def keep(
     "What keeps the retain answers: their cross-entropy, or the KL from the model as it was."
     return c.retain_weight * (kl_retain(b.retain, b.retain_teacher.logits) if c.retain_loss == "kl" else answer_mean(b.retain.nll, b.retain.answer))
 
+# name of an unlearning method → what it minimises and what it needs for that
 METHODS = dict(
     grad_ascent=Method(lambda b, c: grad_ascent(b.forget)),
     grad_diff=Method(lambda b, c: grad_ascent(b.forget) + keep(b, c)),
@@ -61,6 +62,7 @@ METHODS = dict(
 )
 
 # %% ../nbs/15_training.ipynb #be42b18f
+# where the entropy is taken: the positions of the answer, all positions, the model's own greedy answer, its draws
 ENTROPY_ON = ("answer", "all", "own", "draws")
 
 @dataclass

@@ -21,11 +21,13 @@ from .plots import COLOURS, score_density, style, survival_band
 from .scores import score_answers
 
 # %% ../nbs/07b_views.ipynb #e9fa5307
+# name → (draws of a law of scores, its true mean, its true standard deviation)
 LAWS = {"never leaks": (lambda rng, n: np.zeros(n), 0.0, 0.0),
         "leaks 1 % of the time": (lambda rng, n: (rng.random(n) < .01) * 1.0, .01, .0099**.5),
         "a coin": (lambda rng, n: (rng.random(n) < .5) * 1.0, .5, .5),
         "small scores, Beta(2, 8)": (lambda rng, n: rng.beta(2, 8, n), .2, (16 / 1100)**.5),
         "half zeros, half above 0.7": (lambda rng, n: np.where(rng.random(n) < .5, 0, rng.uniform(.7, 1, n)), .425, (.365 - .425**2)**.5)}
+# what is bounded → (function, its methods, the truth from mean and standard deviation)
 BOUNDS = {"mean": (mean_bound, ("hoeffding", "kl", "hoeffding-bentkus", "maurer-pontil", "dkw", "bj", "betting"), lambda mean, std: mean),
           "standard deviation": (std_bound, ("dkw", "bj"), lambda mean, std: std),
           "mean + 2 std": (ed_bound, ("dkw", "bj"), lambda mean, std: mean + 2 * std)}
@@ -190,6 +192,7 @@ def branch_claim(
     return escape(f"{said} The leaking answers seen{where} have a probability of at least {rounded(low, 'lower')} in all, with certainty, up to floating point ({draws.decoding}).")
 
 # %% ../nbs/07b_views.ipynb #d55f1021
+# the shares that can be guessed
 GUESSES = (0, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1)
 
 def guess_figure(

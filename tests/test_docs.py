@@ -37,6 +37,7 @@ def test_every_public_name_has_one_entry(staged, book):
     text = "\n".join(cell for cells in sources(staged).values() for cell in cells)
     entries = re.findall(r"^::::::\{py:\w+\} (\w+)", text, re.M)
     assert sorted(entries) == sorted(book.public)
+    assert [name for name, (_, entry) in book.public.items() if not entry.doc] == []
 
 
 def test_directives_and_hidden_cells_stay_behind(staged):

@@ -3,8 +3,9 @@ import re
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 
-from cells import notebooks
+from cells import HERE, notebooks
 
 HOMES = re.compile(r"/(?:home|root|Users|work|tmp)/\w")
 
@@ -27,3 +28,15 @@ def test_widgets_are_kept_with_a_picture():
     outputs = [(path.stem, output.data) for path in notebooks() for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" for output in cell.outputs if "data" in output]
     widgets = [(name, data) for name, data in outputs if "application/vnd.jupyter.widget-view+json" in data]
     assert len(widgets) > 10 and [name for name, data in widgets if "<img alt='" not in data.get("text/html", "")] == []
+
+
+@pytest.mark.parametrize("path", sorted((HERE/"tutorials").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_on_colab_a_lesson_first_installs_the_package(path):
+    first = next(cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    class Shell:
+        ran = []
+        def __init__(self, module): self.module = module
+        def __str__(self): return f"<{self.module} object at 0x7f>"
+        def run_line_magic(self, name, line): self.ran.append((self.module, name, line))
+    for module in ("ipykernel.zmqshell.ZMQInteractiveShell", "google.colab._shell.Shell"): exec(TransformerManager().transform_cell(first.source), dict(get_ipython=lambda: Shell(module)))
+    assert Shell.ran == [("google.colab._shell.Shell", "pip", "install -q probunlearn")] and first.source.startswith("#| hide")
