@@ -162,7 +162,7 @@ def frozen(outputs):
         data = output.get("data", {})
         if data.pop(WIDGET, None):
             if "text/html" not in data: continue
-            data["text/html"] = f"<div class='frozen'>{data['text/html']}<p>As it was left; it moves when the notebook runs.</p></div>"
+            data["text/html"] = f"<div class='frozen'>{''.join(data['text/html'])}<p>As it was left; it moves when the notebook runs.</p></div>"
         yield nbformat.from_dict(output)
 
 

@@ -47,7 +47,7 @@ def test_directives_and_hidden_cells_stay_behind(staged):
 def test_widgets_become_pictures_and_claims(staged):
     cells = nbformat.read(staged/"08_widgets.ipynb", as_version=4).cells
     outputs = [output for cell in cells if cell.cell_type == "code" and cell.source.startswith("bound_explorer") for output in cell.outputs]
-    assert len(outputs) == 1 and "<img alt='Tightest that holds" in outputs[0].data["text/html"] and "truth 0.0100" in outputs[0].data["text/html"]
+    assert len(outputs) == 1 and outputs[0].data["text/html"].startswith("<div class='frozen'><img alt='Tightest that holds") and "truth 0.0100" in outputs[0].data["text/html"]
     assert "application/vnd.jupyter.widget-view+json" not in outputs[0].data
 
 
