@@ -1,6 +1,6 @@
-"""Every lesson ends with an exercise: a starter, a hidden reference, a check for the reader, and hidden wrong answers that fail it with a message that helps.
+"""Every lesson ends with an exercise: a hidden reference, a starter, a check for the reader, and hidden wrong answers that fail it with a message that helps.
 
-nbdev_test runs the hidden cells; here it is only seen that they are there.
+The starter stands behind the reference, so that the reader's own answer is what is checked. nbdev_test, which leaves starters out, runs the hidden cells; here it is only seen that they are there and folded.
 """
 import ast
 import re
@@ -21,8 +21,8 @@ def is_open(node): return isinstance(node, ast.Constant) and node.value in (...,
 def complaints(sources):
     "What the exercise of a lesson lacks, given the sources of its code cells."
     starts = [i for i, source in enumerate(sources) if flagged(source, "eval: false")]
-    if len(starts) != 1 or len(sources) - starts[0] != 4: return ["a lesson ends with four code cells: starter (eval: false), reference, check, wrong answers"]
-    starter, reference, check, wrong = sources[starts[0]:]
+    if len(starts) != 1 or len(sources) - starts[0] != 3 or not starts[0]: return ["a lesson ends with four code cells: reference, starter (eval: false), check, wrong answers"]
+    reference, starter, check, wrong = sources[-4:]
     (name, left), found = next(iter(functions(starter).items())), []
     if not is_open(getattr(left.body[-1], "value", None)): found.append("the starter is to be left open")
     if not (flagged(reference, "hide") and name in functions(reference)): found.append(f"no hidden reference of {name}")
@@ -43,11 +43,17 @@ def code(path): return [cell.source for cell in nbformat.read(path, as_version=4
 def test_exercise_is_complete(path): assert complaints(code(path)) == []
 
 
-GOOD = ["import math", "#| eval: false\ndef f(x): ...", "#| hide\ndef f(x): return x", "def check(g):\n    assert g(1) == 1, 'one stays one'\ncheck(f)",
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_hidden_cells_are_folded_in_jupyterlab(path):
+    hidden = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" and flagged(cell.source, "hide")]
+    assert hidden and [cell.source for cell in hidden if not cell.metadata.get("jupyter", {}).get("source_hidden")] == []
+
+
+GOOD = ["import math", "#| hide\ndef f(x): return x", "#| eval: false\ndef f(x): ...", "def check(g):\n    assert g(1) == 1, 'one stays one'\ncheck(f)",
         "#| hide\nfor wrong, why in ((lambda x: ..., 'one'), (lambda x: -x, 'one'), (lambda x: 2, 'one')):\n    try: check(wrong)\n    except AssertionError as e: assert why in str(e)\n    else: raise AssertionError('passed')"]
 
 
-@pytest.mark.parametrize("cell, old, new", [(1, "#| eval: false\n", ""), (1, "...", "return x"), (2, "#| hide\n", ""), (2, "def f", "def h"), (3, "check(f)", ""), (3, ", 'one stays one'", ""), (3, "def", "#| hide\ndef"),
+@pytest.mark.parametrize("cell, old, new", [(2, "#| eval: false\n", ""), (2, "...", "return x"), (1, "#| hide\n", ""), (1, "def f", "def h"), (3, "check(f)", ""), (3, ", 'one stays one'", ""), (3, "def", "#| hide\ndef"),
                                             (4, "#| hide\n", ""), (4, "(lambda x: ..., 'one'), ", ""), (4, "lambda x: ...", "lambda x: 3"), (4, "assert why in str(e)", "pass"), (4, "else: raise AssertionError('passed')", "")])
 def test_an_incomplete_exercise_is_seen(cell, old, new):
     assert complaints(GOOD) == [] and old in GOOD[cell]
