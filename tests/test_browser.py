@@ -1,6 +1,6 @@
 """In a real browser: a lesson and the app are opened, a slider moves by its keys, and the claim follows; every page of the website is opened.
 
-`SCREENSHOTS=folder` keeps pictures at two widths, light and dark.
+`SCREENSHOTS=folder` keeps pictures at two widths, of the website light and dark.
 """
 import contextlib
 import os
@@ -151,6 +151,11 @@ def test_every_page_of_the_website_loads_and_fits(browser, website, site, width,
     for path in sorted(site.rglob("*.html")):
         page.goto(f"{website}/{path.relative_to(site).as_posix()}")
         wrong += [f"{page.url}: {said}" for said in page.evaluate(UGLY)]
+    for name in ("index", "tutorials/01_greedy_misleads", "08_widgets", "03_bounds", "docs/paper", "docs/api") if os.environ.get("SCREENSHOTS") else ():
+        page.goto(f"{website}/{name}.html")
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            page.screenshot(path=Path(os.environ["SCREENSHOTS"])/f"{Path(name).name}-{width}-{scheme}.png")
     page.close()
     assert wrong == []
 
