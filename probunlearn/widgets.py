@@ -44,7 +44,7 @@ class Explorer(W.VBox):
         super().__init__([row, self.picture, self.claim, *more.values()])
         self.add_class(name).add_class("probunlearn-explorer")
         for control in controls.values():
-            control.style.description_width = "6em"
+            control.style.description_width = "7em"
             control.observe(self.update, "value")
         self.update()
 

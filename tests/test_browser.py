@@ -84,6 +84,7 @@ def check(page, name):
     assert "n = 64" in fewer
     wide = page.evaluate("() => { const img = document.querySelector('.leak-explorer img'); return [img.alt, img.clientWidth] }")
     assert "draws score" in wide[0] and wide[1] > 300
+    assert page.locator(".leak-explorer .widget-label").evaluate_all("all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)") == []       # no name is cut
     keep_pictures(page, name)
 
 
