@@ -88,7 +88,24 @@ def check(page, name):
     keep_pictures(page, name)
 
 
-def test_a_slider_of_lesson_1_moves_its_claim_in_jupyterlab(browser, tmp_path):
+RAN = "part => jupyterapp.shell.currentWidget.content.widgets.map(cell => cell.model).filter(cell => cell.type == 'code' && cell.sharedModel.source.includes(part)).map(cell => JSON.stringify(cell.outputs.toJSON())).join()"
+ERRORS = "() => jupyterapp.shell.currentWidget.content.widgets.map(cell => cell.model).filter(cell => cell.type == 'code').flatMap(cell => cell.outputs.toJSON()).filter(output => output.output_type == 'error').map(output => output.evalue)"
+ANSWER = """async answer => {
+    const lesson = jupyterapp.shell.currentWidget.content, at = lesson.widgets.findIndex(cell => cell.model.sharedModel.source.startsWith('#| eval: false'));
+    lesson.widgets[at].model.sharedModel.setSource(answer);
+    lesson.activeCellIndex = at;
+    await jupyterapp.commands.execute('notebook:run-all-below');
+}"""
+
+
+def errors(page, wait=True):
+    "What the errors say that the notebook shows; waits for one."
+    if wait: page.wait_for_function(f"() => ({ERRORS})().length", timeout=5*MINUTES)
+    return page.evaluate(ERRORS)
+
+
+def test_lesson_1_in_jupyterlab(browser, tmp_path):
+    "All cells run until the exercise; a slider moves the claim; the check fails, and passes once it is answered."
     shutil.copy(NBS/"tutorials"/"01_greedy_misleads.ipynb", tmp_path/"lesson.ipynb")
     with served(tmp_path, "jupyterlab", "--LabApp.expose_app_in_browser=True", "--ServerApp.token=t", "--allow-root") as at:
         page = browser.new_page(viewport=dict(width=1280, height=1000))
@@ -97,7 +114,10 @@ def test_a_slider_of_lesson_1_moves_its_claim_in_jupyterlab(browser, tmp_path):
         page.evaluate("async () => { await jupyterapp.shell.currentWidget.sessionContext.ready; await jupyterapp.commands.execute('notebook:clear-all-cell-outputs'); jupyterapp.commands.execute('notebook:run-all-cells') }")
         wait_for_claim(page)
         check(page, "lesson")
-        assert not page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr'] >> text=Traceback").count()
+        assert [error.split(",")[0] for error in errors(page)] == ["draws_for(0.01"]            # the starter of the exercise, which ends the run
+        page.evaluate(ANSWER, "def draws_for(p, alpha): return int(np.ceil(np.log(alpha) / np.log1p(-p)))")
+        page.wait_for_function(f"() => ({RAN})('check(draws_for)').includes(\"'right'\")", timeout=MINUTES)
+        assert errors(page, wait=False) == []
 
 
 def test_a_slider_of_the_app_moves_its_claim_in_voila(browser, tmp_path):
