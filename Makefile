@@ -28,7 +28,7 @@ test test-slow: export OMP_NUM_THREADS ?= 1
 test: drift
 	$(BIN)/nbdev_test --n_workers $(WORKERS)
 	@$(BIN)/python nbs/cells.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/nbdev_test --flags slow --n_workers $(WORKERS)
