@@ -56,7 +56,8 @@ def _title(ax, text, wide=1):
     "Set the legend, then `text` as title, wrapped to `wide` times the width of the axes."
     ax.figure.draw_without_rendering()  # lays the figure out, so that the axes have their final width
     _legend(ax, wide)
-    ax.set_title(fill(text, max(20, int(wide*_points(ax)[0]/5.5))), loc="center", x=0, ha="left")
+    lines = fill(text.replace(" %", "\N{NO-BREAK SPACE}%"), max(20, int(wide*_points(ax)[0]/5.5)))
+    ax.set_title(lines.replace("\N{NO-BREAK SPACE}", " "), loc="center", x=0, ha="left")
 
 def _share(p, side=None):
     "A share in words; that of a bound is rounded outward, to its `side`."

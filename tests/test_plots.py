@@ -97,3 +97,11 @@ def test_bad_input_is_refused_before_a_figure_is_made():
 def test_import_is_light():
     code = "import sys, probunlearn.plots; print(*{'torch', 'seaborn', 'pandas', 'scipy.stats'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+@pytest.mark.parametrize("width", np.linspace(3, 7, 17))
+def test_a_title_never_parts_a_number_from_its_per_cent(width):
+    figure, ax = plt.subplots(figsize=(width, 3))
+    title = survival_band(np.r_[np.zeros(90), np.ones(10)], ax=ax).get_title()
+    assert "\n%" not in title and title.count(" %") == 3
+    plt.close(figure)
