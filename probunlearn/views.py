@@ -54,16 +54,17 @@ def bounds_against_truth(
     seed:int=0, # which repetition of the experiment
     ax=None, # axes to draw on
 ): # Axes
-    "Bars from the truth to each upper bound; one below the truth has the colour of leaks and can't win."
+    "A bar for each upper bound, beside the truth; one below the truth has the colour of leaks and can't win."
     values, truth = bounds_and_truth(law, what, n, alpha, seed)
     with style():
         ax = ax or plt.subplots(figsize=(6, 0.9 + 0.3 * len(values)))[1]
         wrong = [value < truth - 1e-9 for value in values.values()]
         holding = {method: value for (method, value), w in zip(values.items(), wrong) if not w}
-        tightest = f"Tightest that holds: {min(holding, key=holding.get)}" if holding else "None holds here"
-        ax.barh(list(values), [v - truth for v in values.values()], left=truth, color=[COLOURS["leak" if w else "bound"] for w in wrong])
+        best = " and ".join(method for method, value in holding.items() if np.isclose(value, min(holding.values())))
+        tightest = f"Tightest that holds at {n:,} draws: {best}" if holding else f"None holds at {n:,} draws"
+        ax.barh(list(values), list(values.values()), color=[COLOURS["leak" if w else "bound"] for w in wrong])
         ax.axvline(truth, c=COLOURS["greedy"], ls="--", lw=1)
-        ax.set(xlabel=f"upper bound on the {what} (dashed: truth, {truth:.3f})", title=f"{tightest}; {sum(wrong)} below the truth")
+        ax.set(xlabel=f"upper bound on the {what} (dashed: truth, {truth:.3f})", title=tightest + f"; {sum(wrong)} below the truth" * any(wrong))
     return ax
 
 # %% ../nbs/07b_views.ipynb #f836c259
