@@ -140,13 +140,15 @@ def as_command(
 def again(
     report,
 ):          # text: a shell command or Python
-    "How to run this again: the command it came from, or the Python that does the same."
-    if "command" in report.how: return report.how["command"]
-    d, n = report.forget.draws[0], report.x.shape[1]
-    source = report.how.get("source", "a model's folder or hub id")
+    "How to run this again: the command it came from, or the Python that does the same, and what was looked at before."
+    d, n, how = report.forget.draws[0], report.x.shape[1], report.how
+    before = [f"{m:,} draws on {q:,} questions" for m, q in how.get("looks", []) if (m, q) != (n, len(report.x))] if report.anytime else []
+    paid = f"\n# The claims pay for looks at {', '.join(before)}, too: a new folder makes the same draws, and the same claims only after the same looks." * bool(before)
+    if "command" in how: return how["command"] + paid
+    source, planned = how.get("source", "a model's folder or hub id"), how.get("planned_looks", report.looks)
     decoding = ", ".join(f"{name}={value!r}" for name, value in vars(d.decoding).items() if name != "rule")
     return (f"lm, tok = load_lm({source!r})\nreport = evaluate(lm, tok, load_qa(\"the questions\"), n={n}, score={getattr(report.score, '__name__', report.score)!r}, leak_at={report.leak_at:g}, "
-            f"alpha={report.alpha * report.looks:g},\n                  decoding=Decoding({decoding}), seed={d.seed})" + f"    # with rule={d.decoding.rule}" * bool(d.decoding.rule))
+            f"alpha={report.alpha * report.looks:g},\n                  decoding=Decoding({decoding}), seed={d.seed}" + f", looks={planned!r}" * (planned != 1) + ")" + f"    # with rule={d.decoding.rule}" * bool(d.decoding.rule) + paid)
 
 def _facts(how):
     "Provenance as a table of names and values."
@@ -232,7 +234,7 @@ def card(
     order = [q for q in np.argsort(-report.leaks.sum(1), kind="stable")[:3] if report.leaks[q].any()]
     frame = report.to_frame()
     rows = [f"| {plain_md(frame.question.iloc[q])} | {plain_md(frame.greedy.iloc[q])} | {frame.leaks.iloc[q]:,} of {report.x.shape[1]:,} | {percent(frame.rate_upper.iloc[q], 'upper')} |" for q in order]
-    worst = ["| question | greedy answer | draws that leak | P(leak) ≤ |", "|---|---|---|---|", *rows, ""] if rows else ["No draw leaked.", ""]
+    worst = [f"| question | greedy answer | draws that leak | P(leak) ≤, each alone, {report.confidence} |", "|---|---|---|---|", *rows, ""] if rows else ["No draw leaked.", ""]
     return "\n".join([f"## Leakage card: {plain_md(report.name)}", "", f"**{plain_md(lead(report))}**", "", plain_md(contrast(report)), "", "### What is claimed", "", *(f"- {plain_md(c)}" for c in report.claims), "",
                       "Each guarantee stands for itself: it is wrong with the probability α that it names.", "", "### The worst questions", "", *worst,
                       "### How to make it again", "", *(f"    {line}" for line in again(report).splitlines()), "", *([f"SHA-256 of the report's JSON: `{digest}`", ""] if digest else []),
