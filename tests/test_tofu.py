@@ -113,3 +113,26 @@ def test_forget_quality_is_the_exact_two_sample_test():
     (lambda: TofuSplit([], [], [], []), "at least one"), (lambda: model_utility({}), "got none"), (lambda: forget_quality([], [1.]), "got 0 and 1")])
 def test_bad_input_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message): call()
+
+
+@pytest.mark.skipif(not DATA, reason="PROBUNLEARN_TEST_DATA names no folder with the public data sets")
+def test_real_files_through_a_model():
+    "TOFU's own files make nine numbers, one call per split; the losses are transformers' own."
+    import torch
+    from probunlearn.data import encode, load_qa
+    from probunlearn.known import tofu_split
+    from probunlearn.models import small_lm
+    lm, tok = small_lm("full", device="cpu")
+    questions = {name: load_qa(Path(DATA, "tofu", f"{name}_perturbed.json"))[:4] for name in ("retain", "real_authors", "world_facts")}
+    splits = {name: tofu_split(lm, tok, qas, max_new_tokens=8) for name, qas in questions.items()}
+    assert [s.options for s in splits.values()] == [False, True, True]
+    assert [s.perturbed.shape for s in splits.values()] == [(4, 5), (4, 3), (4, 3)]
+    assert len([v for row in model_utility(splits).terms.values() for v in row.values()]) == 9
+    for name, qas in questions.items():
+        for i, qa in enumerate(qas):
+            def theirs(answer=None):
+                row = encode(tok, qa, answer=answer)
+                with torch.no_grad(): return float(lm(**{k: torch.tensor([v]) for k, v in row.items()}).loss)
+            assert splits[name].loss[i] == pytest.approx(theirs(), rel=1e-4)
+            assert splits[name].paraphrased[i] == pytest.approx(theirs(qa.paraphrased_answer or None), rel=1e-4)
+            assert splits[name].perturbed[i] == pytest.approx([theirs(a) for a in qa.perturbed_answers], rel=1e-4)
