@@ -9,6 +9,7 @@ __all__ = ['MEASURES', 'AdaptiveTemperature', 'Sweep', 'sweep', 'sweep_plot']
 from dataclasses import dataclass, replace
 from html import escape
 import math
+from matplotlib.transforms import Bbox
 import torch
 from tqdm import tqdm
 from transformers import LogitsProcessor
@@ -159,6 +160,18 @@ def sweep(
 # %% ../nbs/11_temperature.ipynb #ce7d0218
 _COSTS = dict(retain="retain score of the draws", retain_entropy="entropy of the answers to retain questions (bits)", entropy="entropy of the answers to forget questions (bits)")
 
+def _label(ax, names, at, points):
+    "Write each name beside its place in `at` (N, 2), off the `points` (M, 2) and the names before it if it can; the limits of `ax` must be set."
+    ax.figure.draw_without_rendering()
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform(points)]
+    def covers(note): return sum(note.get_window_extent().overlaps(box) for box in taken)
+    for name, xy in zip(names, at):
+        notes = [ax.annotate(name, xy, (side * 4, up), textcoords="offset points", ha="left" if side > 0 else "right", va="center", fontsize=7) for up in (6, -6, 15, -15) for side in (1, -1)]
+        best = min(notes, key=covers)       # the first of the best
+        taken.append(best.get_window_extent())
+        for note in notes:
+            if note is not best: note.remove()
+
 @style()
 def sweep_plot(
     frame,                          # a sweep's frame
@@ -172,9 +185,7 @@ def sweep_plot(
     for (t, group), marker, line in zip(frame.groupby("temperature"), "osD^v<>" * len(frame), ("-", "--", ":", "-.") * len(frame)):
         group = group.sort_values(cost)
         ax.plot(group[cost], group.bound, line, marker=marker, color=COLOURS["bound"], ms=5, lw=1, label=f"upper bound, temperature {t:g}")
-        ax.plot(group[cost], group["mean"], marker, color=COLOURS["draws"], ms=3)
-        for x, y, threshold in zip(group[cost], group.bound, group.threshold):
-            ax.annotate("no rule" if threshold != threshold else f"{threshold:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7)
+        ax.plot(group[cost], group["mean"], "o", color=COLOURS["draws"], ms=3)
     ax.axhline(frame.greedy.iloc[0], color=COLOURS["greedy"], lw=1, ls=(0, (1, 2)), label="share of questions that greedy leaks")
     ax.plot([], [], "o", color=COLOURS["draws"], ms=3, label="share of draws that leak")
     ax.set_yscale("symlog", linthresh=.01)
@@ -183,6 +194,8 @@ def sweep_plot(
     ax.margins(x=.1)
     ax.set_title(_verdict(frame), loc="left")
     ax.legend(fontsize=7)
+    at = frame[[cost, "bound"]].to_numpy()
+    _label(ax, ["no rule" if t != t else f"{t:g}" for t in frame.threshold], at, [*at, *frame[[cost, "mean"]].to_numpy()])
     return ax
 
 def _verdict(frame):
