@@ -9,7 +9,7 @@ __all__ = ['RestDraws', 'draw_rest', 'head_and_tail', 'weighted_bound', 'RareLea
 from dataclasses import dataclass, replace
 import numpy as np
 from .bounds import Bound, binary_bound, check_alpha, check_choice, mean_bound, rounded
-from .data import Template, encode
+from .data import encode
 from .draws import Decoding, Draws, draws_from_tokens, is_whole
 from .exact import Enumeration, quantity, sequence_logprobs
 from .law import ONE, draw_streams, stream_numbers
@@ -22,6 +22,11 @@ def _block(tree, memory=512):
     "How many draws grow together: as many as `memory` MB of keys and values hold, at most 1,024."
     per_token = sum(kv[0].nbytes for layer in tree.pool for kv in layer)
     return int(min(1024, max(1, memory * 2**20 // (2 * per_token * tree.decoding.max_new_tokens))))
+
+def _check_asked(head, qa):
+    "ValueError unless `qa` is the question that was enumerated."
+    if (qa.id, qa.question) != (head.id, head.tree.qa.question): raise ValueError(f"the enumeration is of the question {head.id!r} ({head.tree.qa.question!r}), "
+        f"and the answers would be scored for {qa.id!r} ({qa.question!r}): pass the question that was enumerated, or enumerate this one")
 
 @dataclass
 class RestDraws(Draws):
@@ -61,9 +66,10 @@ def head_and_tail(
     leak_at=1.0,            # bound the probability of a score of at least this; None: the mean score
     alpha: float = .01,     # chance that the claim is wrong
     side: str = "upper",    # "upper", "lower" or "two-sided"
-):                          # `Bound`; ValueError when `rest` was drawn from another enumeration
+):                          # `Bound`; ValueError when `rest` was drawn from another enumeration, or `qa` is another question
     "Bound from an exact head and a sampled tail (Clopper and Pearson 1934, or betting, on the tail times its mass)."
     if getattr(rest, "mass", None) != head.open or rest.id != head.id: raise ValueError("these draws are not from the rest of this enumeration: make them with draw_rest(head, n)")
+    _check_asked(head, qa)
     x = head.values(score_answers(head.answers, qa, score), leak_at)
     y = score_answers(rest.answers, qa, score)[rest.index]                          # (n,)
     tail = mean_bound(y, alpha, side) if leak_at is None else binary_bound(int((y >= leak_at).sum()), rest.n, alpha, side)
@@ -106,21 +112,21 @@ class RareLeak:
     def _repr_html_(self): return f"<p>{self}</p>"
 
 # %% ../nbs/12a_rare.ipynb #7340a31a
-def _proposal(head, qa, proposal, template, n, seed):
-    "Sequences (n,) drawn from a proposal, and a function from sequences to their log-probabilities under it."
+def _proposal(head, proposal, n, seed):
+    "Sequences (n,) drawn from a proposal behind the enumeration's own prompt, and a function from sequences to their log-probabilities under it."
     tree = head.tree
-    if isinstance(proposal, (list, tuple)): return _from_beginnings(head, qa, proposal, template, n, seed)
+    if isinstance(proposal, (list, tuple)): return _from_beginnings(head, proposal, n, seed)
     if isinstance(proposal, Decoding): lm, how = tree.lm, replace(proposal, max_new_tokens=head.decoding.max_new_tokens)
     else: lm, how = proposal, Decoding(max_new_tokens=head.decoding.max_new_tokens)
-    drawn = sample(lm, tree.tok, [replace(qa, id=f"{qa.id}/proposal")], n, how, seed, template, progress=False)[0]
+    drawn = sample(lm, tree.tok, [replace(tree.qa, id=f"{head.id}/proposal")], n, how, seed, tree.template, progress=False)[0]
     return [drawn.tokens[i] for i in drawn.index], lambda sequences: sequence_logprobs(lm, tree.tok, tree.prompt, sequences, how)
 
-def _from_beginnings(head, qa, texts, template, n, seed):
+def _from_beginnings(head, texts, n, seed):
     "As `_proposal`: each draw begins with one of some texts, chosen evenly, and goes on under the decoding."
     tree, starts = head.tree, []
     for text in texts:
         node, law = np.zeros(1, int), tree.root_law
-        for token in [label for label in encode(tree.tok, qa, template, answer=text)["labels"] if label != -100][:-1]:
+        for token in [label for label in encode(tree.tok, tree.qa, tree.template, answer=text)["labels"] if label != -100][:-1]:
             edge = (edges := tree.edges(node, law))[edges["token"] == token]
             if not len(edge) or tree.depth[node[0]] + 1 == head.decoding.max_new_tokens: raise ValueError(f"the decoding can't begin an answer with {text!r}")
             node, law = tree.read(edge)
@@ -137,10 +143,10 @@ def _from_beginnings(head, qa, texts, template, n, seed):
     return sequences, logprob
 
 # %% ../nbs/12a_rare.ipynb #03872be6
-def _weigh(head, qa, proposal, n, beta, seed, template):
+def _weigh(head, proposal, n, beta, seed):
     "Sequences (n,) from the mixture of a proposal and the rest, and their weights (n,); enumerated ones weigh 0."
     own = stream_numbers(draw_streams(seed, f"{head.id}/mixture", 0, n), 0).numpy() / ONE < beta      # (n,) drawn from the rest
-    drawn, logq = _proposal(head, qa, proposal, template, int((~own).sum()), seed)
+    drawn, logq = _proposal(head, proposal, int((~own).sum()), seed)
     rest, tree, enumerated = draw_rest(head, int(own.sum()), seed), head.tree, set(head.tokens)
     drawn, again = iter(drawn), iter(rest.index)
     sequences = [rest.tokens[next(again)] if mine else next(drawn) for mine in own]
@@ -163,15 +169,15 @@ def rare_leak(
     side: str = "two-sided",    # "two-sided", "upper" or "lower"
     beta: float = .5,           # share of draws from the model itself, in (0, 1)
     seed: int = 0,
-    template: Template = Template(),    # of the proposal's beginnings, as in `enumerate_answers`
-):                              # `RareLeak`; ValueError when the weights can't support the claim, on n < 64 or a bad beta
+):                              # `RareLeak`; ValueError when the weights can't support the claim, on another question, n < 64 or a bad beta
     "A leak too rare for plain draws, by importance sampling with weights of at most (open mass) / beta (Hesterberg 1995, defensive mixtures)."
+    _check_asked(head, qa)
     if not is_whole(n, 64): raise ValueError(f"n must be a whole number >= 64, got {n!r}")
     if not 0 < beta < 1: raise ValueError(f"beta must lie strictly between 0 and 1, got {beta}")
     cap = head.open / beta
     if side != "lower" and cap >= 1: raise ValueError(f"no upper bound from these weights: one draw may weigh {cap:.3g}, so plain draws bound the leak better. "
                                                       f"Enumerate until the open mass ({head.open:.3g}) is well below beta = {beta:g}, or ask for side='lower'")
-    sequences, weights = _weigh(head, qa, proposal, n, beta, seed, template)
+    sequences, weights = _weigh(head, proposal, n, beta, seed)
     texts = [head.tree.tok.decode(s, skip_special_tokens=True).strip() for s in sequences]
     scores = score_answers(texts, qa, score)
     x = weights * (scores if leak_at is None else scores >= leak_at)                # (n,)

@@ -31,7 +31,7 @@ class PrefixTree:
         template: Template = Template(),
         rule=None,                          # moves the temperature while an answer grows: `AdaptiveTemperature(…)`
     ):
-        self.lm, self.tok, self.decoding, self.rule = lm, tok, decoding, rule
+        self.lm, self.tok, self.qa, self.decoding, self.template, self.rule = lm, tok, qa, decoding, template, rule
         self.prompt, self.ends = encode_prompts(lm, tok, [qa], decoding, template)[0], np.array(end_ids(lm, tok))
         cache = DynamicCache()              # without a config it keeps every position; the mask sees to sliding windows
         with torch.no_grad(): lm(input_ids=self._on(self.prompt)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)

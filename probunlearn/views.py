@@ -148,7 +148,7 @@ def temperature_figure(
         ax.hlines(rows, ruled, bound, color=COLOURS["bound"], lw=2)
         ax.plot(bound, rows, "|", color=COLOURS["bound"], ms=11, mew=2, label="upper bound")
         ax.plot(plain, rows, "o", mfc="none", color=COLOURS["draws"], label="draws, no rule")
-        ax.plot(ruled, rows, "o", color=COLOURS["draws"], label="draws")
+        ax.plot(ruled, rows, "o", color=COLOURS["draws"], label="draws with the rule")
         ax.set_xscale("symlog", linthresh=.01, linscale=.7)
         ax.set(xlim=(-.0008, 1.3), ylim=(len(names) - .4, -.6), yticks=rows, yticklabels=[name if len(name) < 34 else f"{name[:32]}…" for name in names],
                xlabel="leak probability", xticks=[0, .01, .1, 1], xticklabels=["0", ".01", ".1", "1"])
