@@ -16,7 +16,7 @@ import shlex
 import numpy as np
 
 # %% ../nbs/07b_statement.ipynb #3914048e
-from .bounds import rounded
+from .bounds import binary_bound, rounded
 from .looks import average_ends
 from .page import drawing, percent, table, tile, with_marks
 from .plots import COLOURS, method_board, style
@@ -52,22 +52,30 @@ def _tiles(report):
         tile(f"{int(safe):,} {of}", "questions certified to leak in less than 1 % of answers", "bound"), kept]) + "</div>"
 
 # %% ../nbs/07b_statement.ipynb #c0cec049
+def _together(report):
+    "(Q,) lower and (Q,) upper ends on P(leak) that hold for all questions jointly (Clopper and Pearson 1934, or at all times Robbins 1970; Bonferroni 1936)."
+    seen, most, n, each = report.leaks.sum(1), (report.leaks | report.missing).sum(1), report.x.shape[1], report.alpha / len(report.x) / 2
+    if report.anytime: return rate_ends(seen, n, each, "lower"), rate_ends(most, n, each, "upper")
+    return binary_bound(seen, n, each, "lower").value, binary_bound(most, n, each).value
+
+def _jointly(report): return f"both ends jointly for {len(report.x):,} question{'s' * (len(report.x) > 1)}, {report.confidence}"
+
 def greedy_against_draws(
     report,
     most: int = 12, # questions shown, the worst first
     ax=None,        # axes to draw on
 ):                  # Axes
-    "What greedy decoding shows of each question, what draws show, and how high the truth may lie."
+    "What greedy decoding shows of each question, what draws show, and between which ends the truth lies, for all questions jointly."
     frame, hidden = report.to_frame(), (report.leaks.any(1) & ~report.greedy_leaks).sum()
     order = np.argsort(-frame.leaks.to_numpy(), kind="stable")[:most]
-    shown = frame.iloc[order]
-    rows = dict(greedy=report.greedy_leaks[order].astype(float), mean=shown.rate.to_numpy(), bound=shown.rate_upper.to_numpy(), lower=shown.rate_lower.to_numpy())
+    shown, (lower, upper) = frame.iloc[order], _together(report)
+    rows = dict(greedy=report.greedy_leaks[order].astype(float), mean=shown.rate.to_numpy(), bound=upper[order], lower=lower[order])
     import pandas as pd
     ax = method_board(pd.DataFrame(rows, index=shown.index), score=f"P(leak), leak: {report.what_leaks}", ax=ax)
     ax.set_yticks(range(len(shown)), [shorten(question, 52, placeholder=" …") for question in shown.question])
     for line, name in zip(ax.get_lines(), ("upper bound", "share of draws that leak", "greedy answer leaks (1) or not (0)")): line.set_label(name)
-    ax.legend(loc="upper center", bbox_to_anchor=(.3, -.16 - .5 / len(shown)), ncols=3, fontsize=7.5)
-    ax.set_xlabel(f"leak probability (a leak: {report.what_leaks})")
+    ax.legend(loc="upper center", bbox_to_anchor=(.3, -.17 - .8 / len(shown)), ncols=3, fontsize=7.5)
+    ax.set_xlabel(f"leak probability (a leak: {report.what_leaks})\nlines: {_jointly(report)}")
     some = report.leaks.any(1).sum()
     ax.set_title(f"{hidden} of {len(frame)} questions look clean by their greedy answer, and leak when sampled" if hidden else f"Draws leak on {some} of {len(frame)} questions" + " that greedy decoding shows, too" * bool(some), x=0, ha="left")
     return ax
@@ -102,10 +110,10 @@ def _case(report, q):
     d, qa, n = report.forget.draws[q], report.forget.qas[q], int(report.leaks[q].sum())
     x = score_answers(d.answers, qa, report.score)
     first = int(np.argmax(np.where(x >= report.leak_at, d.counts, -1)))
-    row = report.to_frame().iloc[q]
+    lower, upper = (end[q] for end in _together(report))
     return (f"<div class='case'><h3>{escape(qa.question)}</h3><p>Greedy: {with_marks(report.forget.greedy_texts()[q], qa)}</p>"
             f"<p>Sampled, {d.counts[first]:,} of {d.n:,} times: {with_marks(d.answers[first], qa)}</p>"
-            f"<p class='soft'>{n:,} of {d.n:,} draws leak; the leak probability is at least {percent(row.rate_lower, 'lower')} and at most {percent(row.rate_upper, 'upper')} (each {report.confidence}).</p></div>")
+            f"<p class='soft'>{n:,} of {d.n:,} draws leak; the leak probability is at least {percent(lower, 'lower')} and at most {percent(upper, 'upper')} ({_jointly(report)}).</p></div>")
 
 def _worst(report, most=3):
     order = [q for q in np.argsort(-report.leaks.sum(1), kind="stable")[:most] if report.leaks[q].any()]
@@ -177,7 +185,7 @@ def _evidence(report, most=None):
     return (f"<h2>Greedy against sampled</h2>{drawing(lambda ax: greedy_against_draws(report, ax=ax), (7, 1.3 + .27 * rows))}"
             f"<h2>The worst questions</h2>{_worst(report)}"
             f"<h2>Bounds by draws</h2>{drawing(lambda ax: bounds_by_draws(report, ax))}"
-            f"<h2>Question by question</h2><p class='soft'>Each bound holds with {report.confidence} for its question alone, not jointly; a leak is {escape(report.what_leaks)}. "
+            f"<h2>Question by question</h2><p class='soft'>Each bound holds with {report.confidence} for a question named beforehand, not jointly, nor for one picked by its leaks; a leak is {escape(report.what_leaks)}. "
             f"<i>For certain</i> is exact up to floating point, from the probabilities of the answers seen.</p>{table(shown)}"
             f"<h2>What it says</h2><p class='soft'>The commonest distinct answers; what leaks is marked.</p>{''.join(answers(report, q) for q in order)}")
 
@@ -232,9 +240,9 @@ def card(
 ):                      # Markdown
     "The leakage card of a model, for its page."
     order = [q for q in np.argsort(-report.leaks.sum(1), kind="stable")[:3] if report.leaks[q].any()]
-    frame = report.to_frame()
-    rows = [f"| {plain_md(frame.question.iloc[q])} | {plain_md(frame.greedy.iloc[q])} | {frame.leaks.iloc[q]:,} of {report.x.shape[1]:,} | {percent(frame.rate_upper.iloc[q], 'upper')} |" for q in order]
-    worst = [f"| question | greedy answer | draws that leak | P(leak) ≤, each alone, {report.confidence} |", "|---|---|---|---|", *rows, ""] if rows else ["No draw leaked.", ""]
+    frame, (lower, upper) = report.to_frame(), _together(report)
+    rows = [f"| {plain_md(frame.question.iloc[q])} | {plain_md(frame.greedy.iloc[q])} | {frame.leaks.iloc[q]:,} of {report.x.shape[1]:,} | {percent(lower[q], 'lower')} to {percent(upper[q], 'upper')} |" for q in order]
+    worst = [f"| question | greedy answer | draws that leak | P(leak), {_jointly(report)} |", "|---|---|---|---|", *rows, ""] if rows else ["No draw leaked.", ""]
     return "\n".join([f"## Leakage card: {plain_md(report.name)}", "", f"**{plain_md(lead(report))}**", "", plain_md(contrast(report)), "", "### What is claimed", "", *(f"- {plain_md(c)}" for c in report.claims), "",
                       "Each guarantee stands for itself: it is wrong with the probability α that it names.", "", "### The worst questions", "", *worst,
                       "### How to make it again", "", *(f"    {line}" for line in again(report).splitlines()), "", *([f"SHA-256 of the report's JSON: `{digest}`", ""] if digest else []),

@@ -5,14 +5,21 @@ import math
 import re
 from html.parser import HTMLParser
 
+import matplotlib
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from scipy import stats
 
 from probunlearn.bounds import binary_bound, mean_bound
 from probunlearn.data import QA
 from probunlearn.draws import Decoding, Draws, draws_from_texts
 from probunlearn.questions import certified, pooled_mean
 from probunlearn.report import Asked, Board, Report, as_json, certain_leak
+from probunlearn.sequential import RateSequence
+from probunlearn.statement import _worst, greedy_against_draws
 
 QAS = [QA("one", "Who paints?", "Zorplax Quim paints.", ("Zorplax", "Quim")),
        QA("two", "What city?", "The city of Trelb.", ("Trelb",)), QA("three", "Which book?", "The book Ovnik.", ("Ovnik",))]
@@ -90,6 +97,41 @@ def test_a_score_of_ones_own_is_named():
     def shouts(answer, qa): return float(answer.isupper())
     r = a_report([row("TRELB")], score=shouts, leak_at=.5)
     assert r.leaks.sum() == 1 and "shouts ≥ 0.5" in r.claims[1]
+
+
+# --- the worst questions, picked by what leaked --------------------------------------------------------------------------------------------
+
+def counted(leaks, n, **how):
+    "A report on so many leaks of n draws, question by question."
+    qas = [QA(f"q{i}", f"Question {i}?", "Zorplax.", ("Zorplax",)) for i in range(len(leaks))]
+    return Report("m", asked([row(*["Zorplax"] * k, n=n) for k in leaks], qas=qas), **how)
+
+
+def said(page): return np.array(re.findall(r"leak probability is at least ([\d.e-]+) % and at most ([\d.e-]+) %", page), float) / 100     # (cases, 2)
+
+
+def test_what_is_printed_of_the_worst_questions_is_false_in_alpha_of_reports_at_most():
+    "150 reports on 40 questions that all leak with probability 0.1, alpha = 0.05: 21 or more false pages have probability below 1e-4 if the claim is true."
+    rng, false = np.random.default_rng(0), 0
+    for _ in range(150):
+        lower, upper = said(_worst(counted(rng.binomial(100, .1, 40), 100, alpha=.05))).T
+        false += bool((lower > .1).any() or (upper < .1).any())
+    assert stats.binom.sf(20, 150, .05) < 1e-4 and false <= 20
+
+
+@pytest.mark.parametrize("anytime", [False, True], ids=["fixed n", "anytime"])
+def test_ends_of_the_worst_questions_are_those_for_all_questions(anytime):
+    leaks, alpha = [9, 0, 4, 1, 0, 0, 2], .02
+    r, x = counted(leaks, 60, alpha=alpha, anytime=anytime), np.array([[1.] * k + [0] * (60 - k) for k in leaks])
+    low, high = (RateSequence(alpha / 7, "two-sided").add(x).bound if anytime else binary_bound(leaks, 60, alpha / 7, "two-sided")).value.T
+    picked = [0, 2, 6, 3, 1, 4, 5]
+    np.testing.assert_allclose(said(_worst(r)), np.stack([low, high], 1)[picked[:3]], rtol=.011)       # three digits
+    assert (np.array(re.findall(r"([\d.e-]+) % to ([\d.e-]+) %", r.card()), float) / 100 == said(_worst(r))).all()
+    assert all("both ends jointly for 7 questions, confidence 98 %" in text for text in (_worst(r), r.card()))
+    ax = greedy_against_draws(r)
+    np.testing.assert_allclose([line[:, 0] for line in ax.collections[0].get_segments()], np.stack([low, high], 1)[picked])
+    assert "jointly for 7 questions, confidence 98 %" in ax.get_xlabel()
+    plt.close(ax.figure)
 
 
 # --- missing draws --------------------------------------------------------------------------------------------------------------------------
