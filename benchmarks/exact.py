@@ -58,7 +58,7 @@ def constructed(n): # importance sampling where the leak probability is known, i
     for leak in 1e-5, 1e-6, 1e-8:
         lm = sharp_lm(leak)
         head, first = timed(lambda: enumerate_answers(lm, tok, ASK, mass=.995, budget=8, decoding=decoding, template=BARE, progress=False))
-        found, second = timed(lambda: rare_leak(head, ASK, proposal_lm(), n=n, score=names_leak, template=BARE))
+        found, second = timed(lambda: rare_leak(head, ASK, proposal_lm(), n=n, score=names_leak))
         same = int(n * (first + second) / timed(lambda: sample(lm, tok, [ASK], n, decoding, template=BARE, progress=False))[1])
         (low, high), plain = found.bound.value, binary_bound(0, same, .01, "two-sided").value
         print(f"constructed, leak {leak_probability(leak, 4):.2e}: [{low:.2e}, {high:.2e}] from {n:,} weighted draws; {same:,} plain draws at most {plain[1]:.1e}: "

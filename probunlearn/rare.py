@@ -13,6 +13,7 @@ from .data import encode
 from .draws import Decoding, Draws, draws_from_tokens, is_whole
 from .exact import Enumeration, quantity, sequence_logprobs
 from .law import ONE, draw_streams, stream_numbers
+from .models import end_ids
 from .sampling import sample
 from .scores import score_answers
 from .tree import exits, grow_from
@@ -118,6 +119,8 @@ def _proposal(head, proposal, n, seed):
     if isinstance(proposal, (list, tuple)): return _from_beginnings(head, proposal, n, seed)
     if isinstance(proposal, Decoding): lm, how = tree.lm, replace(proposal, max_new_tokens=head.decoding.max_new_tokens)
     else: lm, how = proposal, Decoding(max_new_tokens=head.decoding.max_new_tokens)
+    if (ends := end_ids(lm, tree.tok)) != tree.ends.tolist(): raise ValueError(f"the proposal ends its answers by the tokens {ends}, the model by {tree.ends.tolist()}, and what the one calls an answer the other goes on from: "
+                                                                              "set the proposal's generation_config.eos_token_id to the model's")
     drawn = sample(lm, tree.tok, [replace(tree.qa, id=f"{head.id}/proposal")], n, how, seed, tree.template, progress=False)[0]
     return [drawn.tokens[i] for i in drawn.index], lambda sequences: sequence_logprobs(lm, tree.tok, tree.prompt, sequences, how)
 
@@ -183,7 +186,7 @@ def rare_leak(
     x = weights * (scores if leak_at is None else scores >= leak_at)                # (n,)
     leaking, effective = int((x > 0).sum()), float(x.sum()**2 / max((x**2).sum(), 1e-300))
     if side != "upper" and effective < 10:
-        raise ValueError(f"no lower bound from these weights: {leaking} of {n:,} draws leaked, worth {effective:.1f} equal ones, and fewer than 10 are too few for this bound. "
+        raise ValueError(f"no lower bound from these weights: {leaking} of {n:,} draws leaked, worth {effective:.1f} equal ones, and fewer than 10 are no evidence. "
                          "The proposal hardly finds leaks, or finds them far from where the model would: take one nearer to the leak, or ask for side='upper'")
     known = float(head.p @ head.values(score_answers(head.answers, qa, score), leak_at))
     how = f"{len(head.p):,} answers enumerated, importance sampling of the rest with weights of at most {rounded(cap)}"
