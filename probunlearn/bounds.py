@@ -30,7 +30,8 @@ def rounded(
 def confidence(
     alpha:float, # chance that a claim is wrong, in [0, 1)
 )->str: # "confidence 99 %", below alpha = 0.0001 "confidence 1 - 1e-05", and "certainty" for alpha = 0
-    "How sure a claim is, never rounded up."
+    "How sure a claim is, never rounded up; ValueError when nothing is left of it."
+    if not 0 <= alpha < 1: raise ValueError(f"alpha must lie in [0, 1), got {alpha:g}: no confidence is left; draw again with a fresh seed")
     if alpha >= 1e-4: return f"confidence {rounded(100 * (1 - Decimal(repr(float(alpha)))), 'lower', 6)} %"
     return f"confidence 1 - {rounded(alpha)}" if alpha else "certainty"
 

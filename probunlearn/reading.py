@@ -50,12 +50,17 @@ def versus(
     "Models side by side, and what can be claimed about their differences (betting on paired draws: Waudby-Smith and Ramdas 2024)."
     board, first = Board(list(reports), name=" versus ".join(r.name for r in reports)), reports[0]
     for r in reports:
-        if (r.x.shape, r.score, r.leak_at) != (first.x.shape, first.score, first.leak_at): raise ValueError(f"{r.name!r} has other draws, another score or threshold than {first.name!r}: {r.x.shape}, {r.what_leaks}")
+        if r.x.shape != first.x.shape: raise ValueError(f"{r.name!r} has {r.x.shape[1]:,} draws per question, {first.name!r} {first.x.shape[1]:,}: pairs need the same number, so report on both at the same n")
         if r.anytime: raise ValueError(f"{r.name!r} was looked at and extended, so its n was not fixed; a difference needs draws with a fresh seed")
     for r in reports[1:]:
         of = [np.where(each.missing, np.nan, each.leaks) for each in (r, first)]
-        parts = max(r.looks, first.looks)
-        bound = looked(difference_bound(*of, alpha / parts, pooled=True, missing="worst"), parts)
-        what = dict(quantity=f"the average leak probability of {r.name} minus that of {first.name}", scope=f"{bound.scope}, leak: {r.what_leaks}", decoding=str(r.forget.draws[0].decoding))
-        board.notes.append(str(replace(bound, **what)))
+        looks, pairs = max(r.looks, first.looks), r.models * first.models       # all pairs that could have been compared
+        bound = looked(difference_bound(*of, alpha / looks / pairs, pooled=True, missing="worst"), looks, pairs)
+        what = dict(quantity=f"the average leak probability of {r.name} minus that of {first.name}", scope=f"{bound.scope}, leak: {r.what_leaks}", decoding=_decodings(r, first))
+        board.notes.append(str(replace(bound, alpha=alpha, **what)))
     return board
+
+def _decodings(*reports):
+    "One decoding, or each with its model."
+    how = [str(r.forget.draws[0].decoding) for r in reports]
+    return how[0] if len(set(how)) == 1 else "; ".join(f"{r.name}: {d}" for r, d in zip(reports, how))

@@ -40,6 +40,9 @@ class Asked:
             if ids != expected: raise ValueError(f"{name} belong to questions {ids[:3]}…, the questions are {expected[:3]}…")
             for d in getattr(self, name):
                 if not d.answers or (name == "greedy" and d.texts[0] is None): raise ValueError(f"{name}: there is no answer to question {d.id!r}")
+        for d in self.draws:
+            if d.decoding != self.draws[0].decoding:
+                raise ValueError(f"a claim names one decoding, but {self.draws[0].id!r} was drawn at {self.draws[0].decoding}, {d.id!r} at {d.decoding}: make a report for each decoding")
 
     def scores(self, score):
         "Scores of the draws (question, draw)."
@@ -156,13 +159,13 @@ class Report:
 def _paid(bound, looks, models):
     "The bound at the α that is left after looks and choices."
     if bound.sampling == "fixed-n": return looked(bound, looks, models)
-    return replace(bound, alpha=bound.alpha * looks * models, sampling="anytime" + f", best of {models} models; draw it again with a fresh seed" * (models > 1))
+    return replace(looked(replace(bound, sampling="fixed-n"), looks, models), sampling="anytime" + f", best of {models} models; draw it again with a fresh seed" * (models > 1))
 
 def _distinct(asked): return np.mean([diversity([t for t in d.texts if t is not None])["distinct_answers"] for d in asked.draws])
 
 # %% ../nbs/07c_report.ipynb #275ef46a
 SCHEMA = {  # what the JSON beside a report holds
-    "schema": "probunlearn.report/1", "name": "the model, as tables call it", "lead": "the main guarantee in one sentence", "claims": "all sentences, each with its scope",
+    "schema": "probunlearn.report/1", "name": "the model, as tables call it", "lead": "the two main guarantees, and what they hold for", "claims": "all sentences, each with its scope",
     "score": "how an answer is scored", "leak_at": "a draw leaks when its score is at least this", "alpha": "chance that one claim is wrong, looks and choices paid for",
     "looks": "how often somebody looked or planned to", "models": "how many models this one was chosen from", "anytime": "whether the claims hold at all times",
     "summary": "the model in one row, shares from 0 to 1", "bounds": "each claim as numbers: value, alpha, side, method, n, quantity, scope, sampling, decoding",
@@ -196,7 +199,7 @@ def _save(result, path):
 # %% ../nbs/07c_report.ipynb #0f70c3fa
 @dataclass
 class Board:
-    "Reports of several models on the same questions, one row each. ValueError when the questions differ."
+    "Reports of several models on the same questions, one row each. ValueError when the questions, the score, the threshold or α differ."
     reports: list                   # `Report`
     reference: tuple = ()           # names of rows that are only there for comparison
     name: str = "models compared"   # title
@@ -204,8 +207,12 @@ class Board:
 
     def __post_init__(self):
         if not self.reports: raise ValueError("a board needs at least one report")
+        first = self.reports[0]
+        def settings(r): return f"{r.what_leaks}, alpha = {r.alpha * r.looks:g}"
         for r in self.reports[1:]:
-            if [q.id for q in r.forget.qas] != [q.id for q in self.reports[0].forget.qas]: raise ValueError(f"{r.name!r} was asked other questions than {self.reports[0].name!r}")
+            if [q.id for q in r.forget.qas] != [q.id for q in first.forget.qas]: raise ValueError(f"{r.name!r} was asked other questions than {first.name!r}")
+            if (r.score, r.leak_at) != (first.score, first.leak_at) or not np.isclose(r.alpha * r.looks, first.alpha * first.looks):
+                raise ValueError(f"{r.name!r} has another score, threshold or alpha than {first.name!r}: {settings(r)}, not {settings(first)}. Bounds side by side need the same: report on its draws again with these")
 
     def to_frame(self):
         "One row per model."
@@ -217,7 +224,7 @@ class Board:
         rivals = [r for r in self.reports if r.name not in self.reference]
         if not rivals: raise ValueError(f"all models of the board are references: {', '.join(self.reference)}")
         best = min(rivals, key=lambda r: float(r.bounds["average leak"]))
-        return replace(best, models=best.models * len(rivals))
+        return replace(best, models=sum(r.models for r in rivals))
 
     def plot(self, ax=None):
         "Greedy, sampled and bounded leakage of each model beside what it keeps."

@@ -27,12 +27,12 @@ from .sequential import rate_ends
 # %% ../nbs/07b_statement.ipynb #8835ce13
 def lead(
     report,
-):          # text of one or two sentences
+):          # text of two sentences
     "What is guaranteed, for somebody who reads nothing else."
     average, worst = (report.bounds[name] for name in ("average leak", "worst question"))
     many = f"over these {len(report.x):,} questions" if len(report.x) > 1 else "for this question"
     return (f"A sampled answer gives the secret away with probability at most {percent(float(average), 'upper')} on average {many}, and at most {percent(float(worst), 'upper')} for the worst of them: "
-            f"two guarantees, each with {report.confidence}.")
+            f"two guarantees, each with {report.confidence}. They hold for answers drawn at {report.forget.draws[0].decoding} ({report.x.shape[1]:,} to each question were), and a leak is {report.what_leaks}.")
 
 def contrast(report):   # text of one sentence
     "What greedy decoding shows, and what sampling shows."
@@ -213,6 +213,12 @@ def _board_lead(board):
     found = f"{len(clean)} of {len(rivals)} models give nothing away when only the greedy answer is tested" if clean else f"all {len(rivals)} models leak in some greedy answer"
     return f"{found[0].upper()}{found[1:]}" + (f"; {some} of these {len(clean)} leak when people sample." if clean else ".")
 
+def _of_rows(board, say):
+    "What holds for the rows: said once where it is the same for all, else with the names."
+    said = {}
+    for r in board.reports: said.setdefault(say(r), []).append(r.name)
+    return "; ".join(what + f" ({', '.join(names)})" * (len(said) > 1) for what, names in said.items())
+
 def board_body(
     board,
     digest: str = "",   # SHA-256 of the JSON beside the page
@@ -220,7 +226,8 @@ def board_body(
 ):                      # HTML
     "The page of several models side by side, each with its own evidence folded behind it."
     first, frame = board.reports[0], board.to_frame()
-    legend = f"Forget questions: {len(first.x)}, {first.x.shape[1]:,} draws each; a leak is {first.what_leaks}. Each bound holds with {first.confidence} by itself. {_LEGEND}"
+    draws, decoding, sure = (_of_rows(board, say) for say in (lambda r: f"{r.x.shape[1]:,}", lambda r: str(r.forget.draws[0].decoding), lambda r: r.confidence))
+    legend = f"Forget questions: {len(first.x)}; a leak is {first.what_leaks}. Draws of each question: {draws}. Decoding: {decoding}. Each bound holds by itself with {sure}. {_LEGEND}"
     models = "".join(f"<details><summary><strong>{escape(r.name)}</strong> <span class='soft'>{escape(lead(r))}</span></summary><p>{escape(contrast(r))}</p>{_claims(r)}{_evidence(r, most)}{_made(r)}</details>" for r in board.reports)
     sealed = f"<p class='soft'>All of it is in the JSON beside this page; its SHA-256 is<br><code>{digest}</code></p>" if digest else ""
     notes = f"<h2>Compared</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in board.notes)}</ul>" if board.notes else ""

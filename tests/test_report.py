@@ -3,6 +3,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from probunlearn.bounds import binary_bound, mean_bound
+from probunlearn.bounds import binary_bound, mean_bound, rounded
 from probunlearn.data import QA
 from probunlearn.draws import Decoding, Draws, draws_from_texts
-from probunlearn.questions import certified, pooled_mean
+from probunlearn.questions import certified, difference_bound, pooled_mean
+from probunlearn.reading import versus
 from probunlearn.report import Asked, Board, Report, as_json, certain_leak
 from probunlearn.sequential import RateSequence
 from probunlearn.statement import _worst, greedy_against_draws
@@ -99,12 +101,28 @@ def test_a_score_of_ones_own_is_named():
     assert r.leaks.sum() == 1 and "shouts ≥ 0.5" in r.claims[1]
 
 
+def test_what_is_read_first_names_decoding_leak_and_draws():
+    for text in (a_report(leak_at=.5).body(), a_report(leak_at=.5).card().replace("\\", "")):
+        assert f"drawn at {DECODING} (40 to each question were), and a leak is key words (fraction) ≥ 0.5." in text
+
+
+def test_one_report_has_one_decoding_and_a_difference_names_both():
+    hot, cold = (replace(DECODING, temperature=t) for t in (1.3, 0))
+    def at(name, *decodings): return Report(name, Asked(QAS[:2], [replace(d, decoding=how) for d, how in zip(asked(ROWS[:2]).draws, decodings)], asked(ROWS[:2]).greedy))
+    with pytest.raises(ValueError, match=r"'one' was drawn at temperature 1.3, .*'two' at temperature 0, .*a report for each"): at("m", hot, cold)
+    assert versus([at("a", hot, hot), at("b", cold, cold)]).notes[0].endswith(f"b: {cold}; a: {hot}).")
+    assert versus([at("a", hot, hot), at("b", hot, hot)]).notes[0].endswith(f", {hot}).")
+
+
 # --- the worst questions, picked by what leaked --------------------------------------------------------------------------------------------
 
-def counted(leaks, n, **how):
-    "A report on so many leaks of n draws, question by question."
-    qas = [QA(f"q{i}", f"Question {i}?", "Zorplax.", ("Zorplax",)) for i in range(len(leaks))]
-    return Report("m", asked([row(*["Zorplax"] * k, n=n) for k in leaks], qas=qas), **how)
+def drawn(hits, **how):
+    "A report on draws (question, draw) of which some leak."
+    qas = [QA(f"q{i}", f"Question {i}?", "Zorplax.", ("Zorplax",)) for i in range(len(hits))]
+    return Report("m", asked([["Zorplax" if hit else CLEAN for hit in row] for row in hits], qas=qas), **how)
+
+
+def counted(leaks, n, **how): return drawn(np.arange(n) < np.reshape(leaks, (-1, 1)), **how)
 
 
 def said(page): return np.array(re.findall(r"leak probability is at least ([\d.e-]+) % and at most ([\d.e-]+) %", page), float) / 100     # (cases, 2)
@@ -245,6 +263,53 @@ def test_boards_refuse_what_they_cannot_compare():
     with pytest.raises(ValueError, match="at least one report"): Board([])
     with pytest.raises(ValueError, match="other questions"): Board([a_report(), a_report(ROWS[:2], name="other")])
     with pytest.raises(ValueError, match="reference"): Board(three(), reference=("model 1", "model 2", "model 4")).best()
+
+
+def test_a_board_compares_bounds_of_one_kind():
+    a, b, c = counted([0], 64, alpha=.01), counted([0], 64, alpha=.4), counted([0], 16, leak_at=.5)
+    for other, match in ((b, "alpha = 0.4, not .* alpha = 0.01"), (c, "≥ 0.5, .* not .* ≥ 1,"), (replace(a, score="exact_match"), "another score")):
+        with pytest.raises(ValueError, match=match): Board([a, other])
+    Board([a, replace(a, alpha=.01 / 3, looks=3)])                         # the same alpha, shared among looks
+
+
+def test_what_may_differ_between_rows_is_said_row_by_row():
+    a, b = counted([0, 0], 64), replace(counted([0, 0], 16), name="b", models=4)
+    text = re.sub("<[^>]+>", " ", Board([a, b]).body())
+    assert "Draws of each question: 64 (m); 16 (b)." in text and "confidence 99 % (m); confidence 96 % (b)." in text and f"Decoding: {DECODING}." in text
+
+
+def test_nothing_is_claimed_when_nothing_is_left_of_alpha():
+    for anytime in (False, True):
+        best = Board([counted([0], 8, alpha=.3, anytime=anytime)] * 4).best()
+        for read in (lambda: best.bounds, lambda: best.confidence):
+            with pytest.raises(ValueError, match="draw again with a fresh seed"): read()
+
+
+def test_the_best_pays_for_every_model_that_stood_behind_a_rival():
+    rivals = [replace(counted([k], 64), models=m) for k, m in ((0, 1), (5, 9), (7, 3))]
+    assert Board(rivals).best().models == 13
+
+
+def test_a_difference_pays_for_the_choice_of_both():
+    first, other = replace(counted([9, 3], 64), name="a", models=2), replace(counted([1, 0], 64), name="b", models=5, looks=3, alpha=.01 / 3)
+    low, high = pooled_difference(other, first, .05 / 30)
+    note = versus([first, replace(other, alpha=.01, looks=1)], .05).notes[0]
+    assert f"between {rounded(low, 'lower')} and {rounded(high)} with confidence 95 % (α = 0.05, n = 64, best of 3 looks at 10 models" in versus([first, other], .05).notes[0]
+    low, high = pooled_difference(other, first, .05 / 10)
+    assert f"between {rounded(low, 'lower')} and {rounded(high)} with confidence 95 %" in note and "best of 1 look at 10 models" in note
+
+
+def pooled_difference(a, b, alpha): return difference_bound(a.leaks * 1., b.leaks * 1., alpha, pooled=True).value
+
+
+def test_a_difference_to_the_best_of_many_is_wrong_in_alpha_of_runs_at_most():
+    "40 boards of 60 equal models that leak with probability 0.2, the best against one that always leaks, alpha = 0.05: 9 or more misses have probability below 1e-3 if the claim is true."
+    rng, always, misses = np.random.default_rng(0), counted([200], 200), 0
+    for _ in range(40):
+        best = Board([drawn(rng.random((1, 200)) < .2) for _ in range(60)]).best()
+        low, high = map(float, re.search(r"between (-?[\d.e-]+) and (-?[\d.e-]+)", versus([always, best], .05).notes[0]).groups())
+        misses += not low <= -.8 <= high
+    assert stats.binom.sf(8, 40, .05) < 1e-3 and misses <= 8
 
 
 def test_a_board_is_saved_whole(tmp_path):
