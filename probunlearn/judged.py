@@ -21,9 +21,12 @@ class Calibration:
     passed:int # harmless answers that it calls harmless
     lost_harmful:int = 0 # harmful answers on which it failed
     lost_harmless:int = 0 # harmless answers on which it failed
+    judge:str = "" # its name
+    harm_at:float = 0.5 # it calls an answer harmful from this label on
 
     def __post_init__(self):
-        if any(c < 0 or c % 1 for c in astuple(self)) or not sum(astuple(self)): raise ValueError(f"a calibration needs whole numbers of answers, at least one in all, got {astuple(self)}")
+        counts = astuple(self)[:6]
+        if any(c < 0 or c % 1 for c in counts) or not sum(counts): raise ValueError(f"a calibration needs whole numbers of answers, at least one in all, got {counts}")
 
     @property
     def harmful(self): return self.caught + self.missed + self.lost_harmful
@@ -59,20 +62,21 @@ def _rate(count, lost, n, alpha, side, quantity): # a failure is at most a succe
     if not n: low, high = 0.0, 1.0
     else: low, high = (float(binary_bound(c, n, alpha / (1 + (side == "two-sided")), end)) for c, end in ((count, "lower"), (count + lost, "upper")))
     value = np.array([low, high]) if side == "two-sided" else low if side == "lower" else high
-    return Bound(value, alpha, side, "clopper-pearson", n, quantity, "for answers like the labelled ones")
+    return Bound(value, alpha, side, "clopper-pearson", n, quantity, "over the answers from which the labelled ones were picked at random")
 
 # %% ../nbs/05b_judged.ipynb #79e7ed87
 def calibrate(
     truth, # (m,) whether each answer is harmful: 0 or 1
     said, # (m,) the judge's labels in [0, 1]; NaN where it failed
     harm_at:float=0.5, # the judge calls an answer harmful from this label on
+    judge:str="", # its name
 )->Calibration:
     "Compare a judge with labels; ValueError for unequal lengths or a truth that isn't 0 or 1."
     truth, said = np.asarray(truth, float), as_scores(said, "worst")[0]
     if truth.shape != said.shape or not np.isin(truth, (0, 1)).all(): raise ValueError(f"truth must hold one 0 or 1 per label, got shapes {truth.shape} and {said.shape}")
     lost, flag, bad = np.isnan(said), leaked(said, harm_at), truth == 1
     counts = [(bad & flag & ~lost), (bad & ~flag), (~bad & flag & ~lost), (~bad & ~flag), bad & lost, ~bad & lost]
-    return Calibration(*(int(c.sum()) for c in counts))
+    return Calibration(*(int(c.sum()) for c in counts), judge, harm_at)
 
 # %% ../nbs/05b_judged.ipynb #a806a461
 def _flag_rate(flagged, n, alpha, over): # upper bound on the rate of flags
@@ -95,14 +99,14 @@ def _floor(flagged, n, judge, alpha, share, over):
 def judged_bound(
     flagged, # draws that the judge calls harmful: a count or one per question
     n, # draws, chosen in advance
-    judge:Calibration, # on answers like those to be expected
+    judge:Calibration, # on random draws of these questions, or on answers where it errs at the same rates
     alpha:float=0.01, # chance that this claim is wrong
     side:str="upper", # "upper", "lower" or "two-sided"
     lost=0, # draws without a verdict: a count or one per question
-    over:str="each", # "each" question alone, all of them "jointly", or their "average"
+    over:str="each", # "each" question alone or all "jointly", if the judge's rates are the same for every question, or their "average"
     share:float=0.9, # of alpha, for the draws; the judge's two rates get the rest
 )->Bound:
-    "Bound on the true rate of harm, corrected for the judge's errors (Rogan and Gladen 1978; Clopper and Pearson 1934); ValueError on counts that don't fit."
+    "Bound on the true rate of harm, corrected for the judge's errors (Rogan and Gladen 1978; Clopper and Pearson 1934), if it errs at the labels' rates; ValueError on counts that don't fit."
     check_alpha(alpha); check_choice("side", side, ["upper", "lower", "two-sided"]); check_choice("over", over, ["each", "jointly", "average"])
     if not 0 < share < 1: raise ValueError(f"share must lie strictly between 0 and 1, got {share}")
     (flagged, n), (lost, _) = check_counts(flagged, n), check_counts(lost, n)
@@ -113,16 +117,18 @@ def judged_bound(
     what = "the average rate of harm" if over == "average" else "the rate of harm"
     scope = {"each": "per question", "jointly": f"jointly for {flagged.size} questions", "average": f"over this fixed set of {flagged.size} questions"}[over]
     how = f"clopper-pearson, corrected for a judge that caught {judge.caught} of {judge.harmful} and flagged {judge.alarms} of {judge.harmless} harmless"
-    return Bound(np.asarray(value)[()], alpha, side, how, n if np.ptp(n) else int(n.flat[0]), what, f"{scope}, if the judge errs here as on the labelled answers")
+    where = "over all their draws together" if over == "average" else "on each question's draws"
+    condition = f"if {where} the judge errs at the rates of the answers from which the labelled ones were picked at random"
+    return Bound(np.asarray(value)[()], alpha, side, how, n if np.ptp(n) else int(n.flat[0]), what, f"{scope}, {condition}")
 
 # %% ../nbs/05b_judged.ipynb #848e60ab
 def prediction_powered(
-    said, # (n,) the judge's labels in [0, 1] of draws without truth; NaN where it failed
-    truth, # (m,) truth in [0, 1] of draws from the same distribution
+    said, # (n,) the judge's labels in [0, 1] of draws; NaN where it failed
+    truth, # (m,) truth in [0, 1] of draws from the same distribution, or of a random part of these draws
     said_there, # (m,) the judge's labels of those
     alpha:float=0.01, # chance that this claim is wrong
     side:str="upper", # "upper" or "lower"
-    method:str="clopper-pearson", # for labels that are 0 or 1; "betting" for any in [0, 1]
+    method:str="clopper-pearson", # for labels that are 0 or 1; "betting" for any in [0, 1], in random order
     share:float=0.2, # of alpha, for the judged draws; the labelled ones, which are fewer, get the rest
 )->Bound:
     "Bound on the true mean from many verdicts and a few labels (after Angelopoulos et al. 2023); ValueError for unequal lengths or labels that don't fit the method."
@@ -137,6 +143,6 @@ def prediction_powered(
         rest, other = (1 - share) * alpha / 2, "lower" if up else "upper"
         missed, alarms = int(((y == 1) & (there == 0)).sum()), int(((y == 0) & (there == 1)).sum())
         value = float(binary_bound(int(f.sum()), len(f), share * alpha, side)) + float(binary_bound(missed, len(y), rest, side)) - float(binary_bound(alarms, len(y), rest, other))
-    return Bound(float(np.clip(value, 0, 1)), alpha, side, f"prediction-powered {method}, {len(y):,} labels", len(f), "the true mean")
+    return Bound(float(np.clip(value, 0, 1)), alpha, side, f"prediction-powered {method}, {len(y):,} labels", len(f), "the true mean", "over the answers of which the labelled ones are a random sample")
 
 def _mean(x, alpha, side): return float(mean_bound(x, alpha, side))

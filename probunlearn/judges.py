@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
+from types import FunctionType
 import json
 import re
 import numpy as np
@@ -67,11 +68,20 @@ class FunctionJudge:
     batch_size: int = 1     # answers that one thread takes at once
     workers: int = 1        # threads; more than one where the function waits for a server
 
-    def __post_init__(self): self.name = self.name or getattr(self.function, "__name__", type(self.function).__name__)
+    def __post_init__(self):
+        f = self.function
+        self.anonymous = not self.name and not (isinstance(f, FunctionType) and f.__name__ != "<lambda>" and f.__closure__ is None)     # another judge may go by that name
+        self.name = self.name or getattr(f, "__name__", type(f).__name__)
 
     def labels(self, pairs):
         "What the function says of each (qa, answer)."
         return [self.function(answer, qa) for qa, answer in pairs]
+
+def _with_own_name(judge):
+    "The judge; ValueError where its name may be that of another."
+    if getattr(judge, "anonymous", False):
+        raise ValueError(f"kept labels and calibrations find their judge by its name, and {judge.name!r} may be another's, too (a lambda, partial, object or closure): pass FunctionJudge(function, \"a name of its own\")")
+    return judge
 
 def as_judge(
     judge,      # a judge, a function (answer, qa) → number, or a score's name
@@ -296,20 +306,23 @@ def _judged(judge, pairs, tries):
 def _key(judge, qa, answer): return fingerprint([judge.name, qa.question, qa.answer, answer])
 
 def _kept(out):
-    "Labels of earlier runs by key; a last line that was cut off is left out."
+    "Labels of earlier runs by key; a last line that was cut off is removed, so that the next one doesn't continue it."
     if not out or not Path(out).exists(): return {}
-    lines = Path(out).read_text(encoding="utf-8").split("\n")
-    return {row["key"]: row["label"] for row in map(json.loads, filter(None, lines[:-1]))}
+    text = Path(out).read_text(encoding="utf-8")
+    whole = text[:text.rfind("\n") + 1]
+    if whole != text: Path(out).write_text(whole, encoding="utf-8")
+    return {row["key"]: row["label"] for row in map(json.loads, whole.splitlines())}
 
 def judge_answers(
     pairs: list,            # (qa, answer), each once
     judge,                  # as in `as_judge`
     tries: int = 3,         # per answer
-    out=None,               # file of labels, read and continued when it is there
+    out=None,               # file of labels by the judge's name, read and continued when it is there
     progress: bool = True,
-):                          # ({position: label or NaN}, {position: why there is none}, how many were asked now); RuntimeError when the judge fails on everything
+):                          # ({position: label or NaN}, {position: why there is none}, how many were asked now); RuntimeError when the judge fails on everything, ValueError for `out` and a judge without a name of its own
     "Label answers in batches, in parallel where the judge says so."
     judge, kept, labels, reasons = as_judge(judge), _kept(out), {}, {}
+    if out: _with_own_name(judge)
     for i, (qa, answer) in enumerate(pairs):
         if out and (key := _key(judge, qa, answer)) in kept: labels[i] = kept[key]
     todo = [i for i in range(len(pairs)) if i not in labels]
@@ -370,11 +383,13 @@ class Judged:
         return tuple(float(pooled_rate(s, n, alpha)) for s in (flags, flags + np.isnan(self.x).sum(1)))
 
     def claims(self, alpha=0.01, harm_at=0.5, calibration=None):
-        "What is guaranteed about the set, by name; about the truth instead of the judge where a `Calibration` is given."
+        "What is guaranteed about the set, by name; about the truth instead of the judge, on average only, where a `Calibration` is given. ValueError if that is of another judge or threshold."
         if not calibration: return {k: replace(b, decoding=f"harm: {self.name} ≥ {harm_at:g}, {self.draws[0].decoding}") for k, b in dataset_claims(self.x, alpha, harm_at, missing="worst").items()}
-        flags, n, gone = self.flagged(harm_at), self.x.shape[1], np.isnan(self.x).sum(1)
-        def corrected(over, side): return replace(judged_bound(flags, n, calibration, alpha, side, gone, over), decoding=f"judge: {self.name}, {self.draws[0].decoding}")
-        return {"average harm": corrected("average", "two-sided"), "each question": corrected("jointly", "two-sided")}
+        if (calibration.judge, calibration.harm_at) != (self.name, harm_at):
+            raise ValueError(f"this claim is about {self.name!r} with harm_at={harm_at:g}, the calibration about {calibration.judge!r} with harm_at={calibration.harm_at:g}: "
+                             "make one by calibrate_judge(judge, labelled, harm_at) with the same judge and threshold")
+        bound = judged_bound(self.flagged(harm_at), self.x.shape[1], calibration, alpha, "two-sided", np.isnan(self.x).sum(1), "average")
+        return {"average harm": replace(bound, decoding=f"judge: {self.name} ≥ {harm_at:g}, {self.draws[0].decoding}")}
 
     def to_frame(self, alpha=0.01, harm_at=0.5):
         "One row per question; the two ends hold together for all questions at once."
@@ -417,9 +432,9 @@ def judge_draws(
     qas: list,              # their records, in any order; more than needed is fine
     judge,                  # as in `as_judge`: a function (answer, qa), an object with `labels`, a score's name
     tries: int = 3,         # per answer
-    out=None,               # file of labels: read where it is there, continued, never mixed with another judge's
+    out=None,               # file of labels: read where it is there, continued, never mixed with those of a judge of another name. Who changes a judge changes its name
     progress: bool = True,
-):                          # `Judged`; ValueError on unmatched questions, RuntimeError when the judge fails on everything
+):                          # `Judged`; ValueError on unmatched questions, or for `out` and a judge without a name of its own, RuntimeError when the judge fails on everything
     "Label every draw, asking the judge once per distinct answer."
     by_id, judge = {qa.id: qa for qa in check_unique(qas)}, as_judge(judge)
     if not draws or (wrong := [d.id for d in draws if d.id not in by_id]): raise ValueError(f"draws must belong to questions in qas, got {wrong[:5] if draws else 'none'}")
@@ -430,10 +445,11 @@ def judge_draws(
 
 # %% ../nbs/13_judges.ipynb #354adab9
 def calibrate_judge(
-    judge,                  # as in `as_judge`
-    labelled: list,         # (qa, answer, whether it is harmful)
+    judge,                  # as in `as_judge`, with a name of its own
+    labelled: list,         # (qa, answer, whether it is harmful): best of random draws, each as often as it was drawn
     harm_at: float = 0.5,   # the judge calls an answer harmful from this label on
 ):                          # `Calibration`
     "How a judge does on labelled answers, its failures included."
+    judge = _with_own_name(as_judge(judge))
     labels, _, _ = judge_answers([(qa, answer) for qa, answer, _ in labelled], judge, progress=False)
-    return calibrate([harmful for *_, harmful in labelled], [labels[i] for i in range(len(labelled))], harm_at)
+    return calibrate([harmful for *_, harmful in labelled], [labels[i] for i in range(len(labelled))], harm_at, judge.name)

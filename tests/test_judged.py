@@ -60,6 +60,49 @@ def test_many_questions_cover(over):
     assert missed / RUNS <= ALLOWED
 
 
+def lumpy(rng, Q, K, p, n=128, m=200):
+    "One verdict per text, wrong on 10 % of harmful and 5 % of harmless ones, K texts of each kind per question: said (Q n,), where the m labelled draws are, and their truth."
+    says, q = rng.random((2, Q, K)) < np.reshape([.05, .9], (2, 1, 1)), np.repeat(np.arange(Q), n)
+    y = (rng.random(Q * n) < p).astype(int)
+    at = rng.choice(Q * n, min(m, Q * n // 2), replace=False)
+    return says[y, q, rng.integers(K, size=Q * n)].astype(float), at, y[at]
+
+
+def outside(bound, p):
+    low, high = bound.value.T
+    return not ((low <= p) & (p <= high)).all()
+
+
+@pytest.mark.parametrize("Q,K,p", [(1, 1, .5), (10, 1, .05), (10, 3, .05), (10, 10, .3), (40, 2, .02)])
+def test_lumpy_errors_are_paid_for_by_labels_of_these_draws(Q, K, p):
+    "Whatever texts the judge misjudges: 400 runs each of the claim on the average and of both prediction-powered ends, from labels of random draws among those that are judged."
+    rng, runs, misses = np.random.default_rng([Q, K]), 400, np.zeros(3)
+    for _ in range(runs):
+        said, at, truth = lumpy(rng, Q, K, p)
+        misses[0] += outside(judged_bound(said.reshape(Q, -1).sum(1).astype(int), 128, calibrate(truth, said[at]), ALPHA, "two-sided", over="average"), p)
+        misses[1:] += prediction_powered(said, truth, said[at], ALPHA).value < p, prediction_powered(said, truth, said[at], ALPHA, "lower").value > p
+    assert (misses / runs <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / runs)).all()
+
+
+def test_labels_of_other_texts_and_claims_per_question_do_not():
+    "The same judge calibrated on 200 + 200 other texts, and the joint claim whatever is labelled: both miss far more often than alpha, so a claim must name its condition."
+    rng, runs, misses = np.random.default_rng(0), 200, np.zeros(3)
+    for _ in range(runs):
+        said, at, truth = lumpy(rng, 10, 1, .05)
+        flags, other = said.reshape(10, -1).sum(1).astype(int), calibrate(np.repeat([1, 0], 200), rng.random(400) < np.repeat([.9, .05], 200))
+        misses += [outside(judged_bound(flags, 128, judge, ALPHA, "two-sided", over=over), .05) for judge, over in ((other, "average"), (other, "jointly"), (calibrate(truth, said[at]), "jointly"))]
+    assert (misses / runs > 3 * ALPHA).all()
+    condition = "the judge errs at the rates of the answers from which the labelled ones were picked at random"
+    for over, where in (("average", "over all their draws together"), ("each", "on each question's draws"), ("jointly", "on each question's draws")):
+        assert f"if {where} {condition}" in str(judged_bound([1, 2], 9, Calibration(9, 1, 1, 9), over=over))
+    assert "of which the labelled ones are a random sample" in str(prediction_powered([1, 0], [1], [1]))
+
+
+def test_a_calibration_knows_judge_and_threshold():
+    made = calibrate([1, 0], [.7, .7], .9, "stern")
+    assert (made.judge, made.harm_at, made.missed, made.passed) == ("stern", .9, 1, 1) and calibrate([1], [1]).harm_at == .5
+
+
 def test_a_perfect_judge_costs_little():
     "200 labels, nine tenths of α for the draws: for every count, what an upper or a lower bound leaves open grows by less than 12 %."
     flags, judge = np.arange(1025), Calibration(100, 0, 0, 100)

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -189,7 +190,42 @@ def test_labels_are_kept_and_belong_to_one_judge(tmp_path):
     other = judge_draws(draws, QAS, b, out=file, progress=False)
     assert other.asked == first.asked and other.x.sum() == 0
     file.write_text(file.read_text()[:-3])                                              # a run that was killed while it wrote
-    assert judge_draws(draws, QAS, b, out=file, progress=False).asked == 1
+    assert [judge_draws(draws, QAS, b, out=file, progress=False).asked for _ in range(2)] == [1, 0]
+
+
+class Scale:
+    "A judge whose strictness its name doesn't tell."
+    def __init__(self, label): self.label = label
+    def __call__(self, answer, qa): return self.label
+    def judge(self, answer, qa): return self.label
+
+
+def constant(label):
+    def judge(answer, qa): return label
+    return judge
+
+
+@pytest.mark.parametrize("make", [lambda label: lambda answer, qa: label, lambda label: partial(refusal, phrases=(str(label),)), Scale, lambda label: Scale(label).judge, constant])
+def test_a_judge_without_a_name_of_its_own_keeps_no_labels(make, tmp_path):
+    "Else the second of two lambdas is never asked, and gets the labels of the first."
+    draws, file = [draws_from_texts("q0", ["a", "b"])], tmp_path/"labels.jsonl"
+    with pytest.raises(ValueError, match=r'pass FunctionJudge\(function, "a name of its own"\)'): judge_draws(draws, QAS, make(0.), out=file, progress=False)
+    with pytest.raises(ValueError, match="a name of its own"): calibrate_judge(make(0.), [(QAS[0], "a", 0)])
+    assert not file.exists() and judge_draws(draws, QAS, FunctionJudge(make(0.), "mine"), out=file, progress=False).asked == 2
+
+
+def test_a_calibration_belongs_to_one_judge_and_threshold():
+    "A judge that gives harmful answers 0.75: calibrated at 0.5 it catches all, at 0.9 none."
+    def lenient(answer, qa): return .75 * truth(answer)
+    draws, _ = made([.3] * 5, 50, np.random.default_rng(0))
+    labelled = [(qa, text, truth(text)) for qa, d in zip(QAS, draws) for text in d.texts]
+    judged, half, strict = judge_draws(draws, QAS, lenient, progress=False), calibrate_judge(lenient, labelled), calibrate_judge(lenient, labelled, .9)
+    with pytest.raises(ValueError, match="about 'lenient' with harm_at=0.9, the calibration about 'lenient' with harm_at=0.5"): judged.claims(harm_at=.9, calibration=half)
+    with pytest.raises(ValueError, match="the calibration about 'truth'"): judged.claims(calibration=calibrate_judge(truth, labelled))
+    for at, calibration in ((.5, half), (.9, strict)):
+        claims = judged.claims(harm_at=at, calibration=calibration)
+        low, high = claims["average harm"].value
+        assert list(claims) == ["average harm"] and low <= .3 <= high and f"judge: lenient ≥ {at}" in str(claims["average harm"])
 
 
 def test_unmatched_draws_are_refused():
