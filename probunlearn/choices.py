@@ -19,6 +19,7 @@ import torch
 from .bounds import binary_bound, rounded
 from .data import Template, check_unique, encode_prompt
 from .draws import Decoding
+from .models import answering
 from .plots import COLOURS, style
 from .sampling import encode_prompts
 from .scores import keywords_leaked, plain
@@ -69,7 +70,7 @@ def _logprobs(lm, pad, pairs, merge):
         longest, most = len(batch[-1]), max(len(pairs[i][1]) for key in batch for i in rows[key])
         ids = torch.tensor([[pad] * (longest - len(key)) + [*key] for key in batch], device=lm.device)      # (R, T), padded on the left
         mask = torch.tensor([[0] * (longest - len(key)) + [1] * len(key) for key in batch], device=lm.device)
-        law = lm(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), logits_to_keep=most).logits.float().log_softmax(-1)   # (R, A, V)
+        with answering(lm): law = lm(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), logits_to_keep=most).logits.float().log_softmax(-1)   # (R, A, V)
         for row, key in zip(law, batch):
             for i in rows[key]:
                 tokens = torch.tensor(pairs[i][1], device=lm.device)

@@ -18,6 +18,7 @@ from .bounds import Bound, as_scores, check_choice, leaked, rounded
 from .data import Template, encode
 from .draws import Decoding, is_whole
 from .law import ONE, token_law
+from .models import answering
 from .plots import COLOURS, style
 from .sampling import encode_prompts
 from .tree import PrefixTree, exits, search
@@ -30,7 +31,7 @@ def _forced(lm, tok, prompt, sequences):
     pad = 0 if tok.pad_token_id is None else tok.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(s)) + prompt + list(s) for s in sequences], device=lm.device)    # (S, P + A), padded on the left
     mask = (torch.arange(ids.shape[1], device=lm.device) >= longest - lengths[:, None]).long()                  # (S, P + A)
-    logits = lm(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), logits_to_keep=longest + 1).logits
+    with answering(lm): logits = lm(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), logits_to_keep=longest + 1).logits
     at = (longest - lengths[:, None] + torch.arange(longest, device=lm.device)).clamp(max=longest)              # (S, A)
     return logits[torch.arange(len(ids), device=lm.device)[:, None], at]
 

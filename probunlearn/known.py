@@ -17,6 +17,7 @@ from .data import Template
 from .draws import Decoding
 from .head import answer_stats, entropy
 from .memory import exact_memorisation, extraction_strength, min_k, min_k_plus, without_end, zlib_score
+from .models import answering
 from .sampling import greedy
 from .scores import rouge_l
 from .tofu import TofuSplit, mean_loss
@@ -36,7 +37,7 @@ def _read(lm, tok, rows, merge, found, **options):
     order, values = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"])), [None] * len(rows)
     for a in tqdm(range(0, len(order), merge), "reading answers", delay=3, unit="batch"):
         batch = order[a:a + merge]
-        stats = answer_stats(lm, to_device(pad_batch([rows[i] for i in batch], tok.pad_token_id), lm.device), **options)
+        with answering(lm): stats = answer_stats(lm, to_device(pad_batch([rows[i] for i in batch], tok.pad_token_id), lm.device), **options)
         for i, value in zip(batch, found(stats)): values[i] = value
     return values
 

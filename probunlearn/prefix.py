@@ -6,12 +6,15 @@
 __all__ = ['SHARING', 'read_prompts', 'CopiedRows', 'SharedRows', 'shares_prefix', 'grow_rows']
 
 # %% ../nbs/09b_prefix.ipynb #5cb75d62
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 import copy
 import math
 import torch
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
+
+# %% ../nbs/09b_prefix.ipynb #f2303d1c
+from .models import answering
 
 # %% ../nbs/09b_prefix.ipynb #abb2066f
 def read_prompts(
@@ -23,8 +26,9 @@ def read_prompts(
     pad = 0 if tok.pad_token_id is None else tok.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=lm.device)                     # (Q, P)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=lm.device)           # (Q, P)
-    out = lm(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True, logits_to_keep=1,
-             past_key_values=DynamicCache(config=lm.config))
+    with answering(lm):
+        out = lm(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=True, logits_to_keep=1,
+                 past_key_values=DynamicCache(config=lm.config))
     return out.logits[:, -1], out.past_key_values, mask
 
 # %% ../nbs/09b_prefix.ipynb #00fa3afa
@@ -45,8 +49,8 @@ class CopiedRows:
         self.mask = self.mask[origin]
 
     def at_work(self):
-        "The model can do it as it is."
-        return nullcontext()
+        "The model can do it as it is, once it is answering."
+        return answering(self.lm)
 
     def newest(self):
         "Keys and values of each row's last token, layer by layer (R, G, D)."
@@ -185,7 +189,8 @@ class SharedRows:
         "The model with the attention that `step` needs; afterwards it has its own again."
         before = self.lm.config._attn_implementation
         self.lm.set_attn_implementation("probunlearn_shared")
-        try: yield
+        try:
+            with answering(self.lm): yield
         finally: self.lm.set_attn_implementation(before)
 
     def fork(self, origin, slots):

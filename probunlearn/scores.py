@@ -161,11 +161,13 @@ def check_score(
     score:str|Callable, # a name in `SCORES`, or a function (answer, qa) -> float
     qas:Sequence, # the records to be scored, `QA`
 )->Callable: # the score as a function (answer, qa) -> float
-    "Look `score` up; ValueError for an unknown name, or for key words asked of records that have none."
+    "Look `score` up; ValueError for an unknown name, or for key words or ROUGE asked of records that have none of the words."
     score_name(score)
     if callable(score): return score
     bare = [qa.id for qa in qas if not qa.keywords] if score.startswith("keywords") else []
     if bare: raise ValueError(f"score {score!r} needs key words, but {len(bare)} of {len(qas)} records have none: {', '.join(map(str, bare[:5]))}")
+    mute = [qa.id for qa in qas if not stems(qa.answer)] if score.startswith("rouge") else []
+    if mute: raise ValueError(f"score {score!r} knows words of Latin letters and digits only, and would be 0 for whatever is said: the answers of {len(mute)} of {len(qas)} records have none ({', '.join(map(str, mute[:5]))}). Use key words or exact_match")
     return SCORES[score]
 
 # %% ../nbs/02_scores.ipynb #b82cc5ba

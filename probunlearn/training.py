@@ -26,7 +26,7 @@ from .draws import Decoding
 from .loop import History, TrainConfig, check_start, finetune, need, one_of, train_loop
 from .losses import (answer_mean, answer_sum, ce_u, control_vector, dpo, grad_ascent, i_dont_know, idk, kl_retain, mean_entropy, npo, rmu, satimp, simnpo,
                                 undial, wga)
-from .models import is_sharded
+from .models import answering, is_sharded
 from .questions import pooled_rate
 from .sampling import greedy, sample
 from .scores import score_draws
@@ -126,7 +126,7 @@ class UnlearnConfig(TrainConfig):
 
     def rank(self, values):
         "The leak bound, where the retain questions are still answered."
-        if self.keep == "best" and values.get("greedy_retain", 0) >= self.utility_floor: return values["leak_bound"]
+        if self.keep == "best" and "leak_bound" in values and values["greedy_retain"] >= self.utility_floor: return values["leak_bound"]
 
     def stop_reason(self, rows):
         "Early stopping on the retain loss."
@@ -167,11 +167,8 @@ def reference_nll(
     batch_size: int = 32,
 ):                          # (records,) summed NLL of each answer, nats
     "How likely each answer is before training."
-    training = lm.training
-    lm.eval()
-    nll = torch.cat([answer_sum(s.nll, s.answer) for s in (batch_stats(lm, rows[i:i + batch_size], tok.pad_token_id) for i in range(0, len(rows), batch_size))])
-    lm.train(training)
-    return nll
+    with answering(lm):
+        return torch.cat([answer_sum(s.nll, s.answer) for s in (batch_stats(lm, rows[i:i + batch_size], tok.pad_token_id) for i in range(0, len(rows), batch_size))])
 
 # %% ../nbs/15_training.ipynb #24942e62
 class Material:
@@ -188,6 +185,7 @@ class Material:
             def likelihoods(rows): return reference_nll(teacher, tok, rows) if rows and "reference" in needs else None
             self.references = dict(forget=likelihoods(self.forget), refusal=likelihoods(self.refusal))
         layers = lm.config.get_text_config().num_hidden_layers
+        if config.layer and config.layer > layers: raise ValueError(f"layer must be at most {layers}, the number of the model's layers, got {config.layer}")
         more = dict(positions="all" if config.entropy_on == "all" else "answer") | (dict(layer=config.layer or max(1, layers // 4)) if "hidden" in needs else {})
         self.options = dict(forget=more | dict(logits="logits" in needs), retain=more | dict(logits=config.retain_loss == "kl"), refusal={})
 
@@ -239,13 +237,10 @@ def own_answers(
     drawn: int = None,              # seed of a draw; default: the greedy answer
 ):                                  # (encoded records: each prompt with the model's own answer, whether each answer leaks)
     "The model's answers as they are now, ready to be trained on."
-    training = lm.training
-    lm.eval()
     qas = list(dict.fromkeys(qas))                                  # a batch may hold the end of one pass and the start of the next
     decoding = Decoding(max_new_tokens=max_new_tokens)
     draws = greedy(lm, tok, qas, decoding, template) if drawn is None else sample(lm, tok, qas, 1, decoding, drawn, template, merge=32, progress=False)
     leaks = [score_draws([d], [qa], "keywords_any" if qa.keywords else "rouge_l_recall")[0, 0] >= leak_at for d, qa in zip(draws, qas)]
-    lm.train(training)
     def row(prompt, answer): return dict(input_ids=prompt + answer, labels=[-100] * len(prompt) + answer)
     return [row(encode_prompt(tok, qa.question, template), list(d.tokens[0])) for qa, d in zip(qas, draws)], leaks
 

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from .data import Template
 from .draws import Decoding
 from .law import ONE, stream_numbers, token_law
-from .models import end_ids
+from .models import answering, end_ids
 from .prefix import CopiedRows, SharedRows, shares_prefix
 from .sampling import Growth, encode_prompts
 
@@ -34,7 +34,7 @@ class PrefixTree:
         self.lm, self.tok, self.qa, self.decoding, self.template, self.rule = lm, tok, qa, decoding, template, rule
         self.prompt, self.ends = encode_prompts(lm, tok, [qa], decoding, template)[0], np.array(end_ids(lm, tok))
         cache = DynamicCache()              # without a config it keeps every position; the mask sees to sliding windows
-        with torch.no_grad(): lm(input_ids=self._on(self.prompt)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with answering(lm): lm(input_ids=self._on(self.prompt)[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.pool = [[kv[0].transpose(0, 1) for kv in (layer.keys, layer.values)] for layer in cache.layers]    # (slot, heads, D) each
         self.shared, self.question = len(self.prompt) > 1 and shares_prefix(lm, len(self.prompt) + decoding.max_new_tokens), DynamicCache()
         for i, layer in enumerate(cache.layers): self.question.update(layer.keys[:, :, :-1].clone(), layer.values[:, :, :-1].clone(), i)    # all but the root's token

@@ -427,3 +427,23 @@ def test_draws_do_not_claim_a_rule_that_was_not_applied():
     try: d = sample(lm, tok, letters(1), 4, old, template=BARE)[0]
     except ValueError: return
     assert d.decoding.rule == ""
+
+
+def test_dropout_is_off_while_drawing():
+    "Random-init GPT-2 in training mode (dropout .1): the same draws, log-probabilities, greedy answers and enumeration as in evaluation mode, and the mode is given back."
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from probunlearn.exact import answer_logprob, enumerate_answers
+    from probunlearn.known import answer_losses
+    from probunlearn.models import small_lm
+    _, tok = small_lm("full", device="cpu")
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=len(tok), n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=tok.eos_token_id, eos_token_id=tok.eos_token_id, resid_pdrop=.5, attn_pdrop=.5, embd_pdrop=.5))
+    qas, decoding = fictional_authors("forget10")[:2], Decoding(max_new_tokens=6)
+    def seen():
+        drawn, tree = sample(lm, tok, qas, 64, decoding, progress=False), enumerate_answers(lm, tok, qas[0], budget=64, decoding=decoding, progress=False)
+        return [(d.tokens, list(d.logprobs)) for d in drawn], [d.texts for d in greedy(lm, tok, qas, decoding)], tree.open, list(answer_logprob(lm, tok, qas, Decoding(max_new_tokens=60))), list(answer_losses(lm, tok, qas))
+    lm.eval()
+    still = seen()
+    lm.transformer.h[1].train()
+    modes = [m.training for m in lm.modules()]
+    assert seen() == still and [m.training for m in lm.modules()] == modes and any(modes) and not all(modes)

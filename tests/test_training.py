@@ -594,3 +594,15 @@ def test_a_task_vector_goes_the_way_of_fine_tuning_backwards(adapters):
         if adapters: moved.append(torch.cat([(m.lora_B["default"].weight @ m.lora_A["default"].weight).detach().flatten() for m in lm.modules() if hasattr(m, "lora_A")]))
         else: moved.append(torch.cat([(p - b).detach().flatten() for p, b in zip(lm.parameters(), base)]))
     assert moved[0].norm() > 0 and torch.allclose(moved[0], -moved[1], atol=1e-6)
+
+
+def test_best_weights_without_a_floor():
+    "With a floor of 0 the updates that no probe saw still don't count."
+    lm, tok = fresh()
+    history = unlearn(lm, tok, FORGET[:4], RETAIN[:8], quick_unlearn(steps=4, probe_every=2, keep="best", utility_floor=0.), probe=leak_probe(tok, FORGET[:2], RETAIN[:2], n=8))
+    assert sum("leak_bound" in row for row in history.rows) == 2
+
+
+def test_a_layer_that_the_model_lacks():
+    lm, tok = fresh()
+    with pytest.raises(ValueError, match=r"layer must be at most \d+, the number of the model's layers, got 99"): unlearn(lm, tok, FORGET[:4], RETAIN[:8], UnlearnConfig(method="rmu", steps=1, layer=99))
