@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 # %% ../nbs/12b_choices.ipynb #48d585cf
-from .bounds import binary_bound, rounded
+from .bounds import binary_bound, mean_bound, rounded
 from .data import Template, check_unique, encode_prompt
 from .draws import Decoding
 from .models import answering
@@ -132,16 +132,19 @@ class Options:
         side="lower",       # "lower", "upper" or "two-sided"
         per=None,
     ):                      # `Bound`
-        "The accuracy over a population of which these questions are a random sample (Clopper and Pearson 1934)."
-        correct = self.correct(per)
-        return replace(binary_bound(int(correct.sum()), len(correct), alpha, side), quantity="the share of questions whose likeliest option is right", sampling="questions",
+        "The accuracy over a population of which these questions are a random sample, in random order (Clopper and Pearson 1934; with several orders of a question their average, by `mean_bound`)."
+        found = {}                                                                                          # the orders of a question are no questions of their own
+        for qa, ok in zip(self.qas, self.correct(per)): found.setdefault((qa.question.removesuffix(_listing(qa)).strip(), *sorted(qa.choices)), []).append(ok)
+        right, ordered = np.array([np.mean(oks) for oks in found.values()]), len(found) < len(self.qas)     # (questions,)
+        bound = mean_bound(right, alpha, side) if ordered else binary_bound(int(right.sum()), len(right), alpha, side)
+        return replace(bound, quantity="the share of questions whose likeliest option is right" + ", averaged over the orders of each question's options," * ordered, sampling="questions",
                        scope="over the population of which they are a random sample", decoding=f"options by {self.by}" + f" per {per}" * bool(per))
 
     def above_chance(self,
         alpha: float = .01, # chance of a yes when the population's accuracy is that of guessing
         per=None,
     ):                      # bool
-        "Whether the lower bound on the population's accuracy exceeds guessing (an exact binomial test); with unequal numbers of options, guessing among the fewest."
+        "Whether the lower bound on the population's accuracy exceeds guessing (an exact binomial test, or with several orders of a question the one of `mean_bound`); with unequal numbers of options, guessing among the fewest."
         return bool(float(self.claim(alpha, "lower", per)) > 1 / min(len(qa.choices) for qa in self.qas))
 
     @style()

@@ -10,7 +10,7 @@ from test_data import CHATML, TOKENIZERS, chat_tokenizer, tokenizer
 from test_metrics import allowed
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from probunlearn.bounds import binary_bound, jointly
+from probunlearn.bounds import binary_bound, jointly, mean_bound
 from probunlearn.choices import LETTERS, LISTED, Options, as_choices, by_letter, by_text, cyclic, letter_counts, letter_of, lettered, no_letter, right_letter
 from probunlearn.data import QA, Template, fictional_authors, load_qa
 from probunlearn.draws import Decoding, draws_from_texts
@@ -193,17 +193,43 @@ def test_sampled_letters_cover():
 
 
 def test_who_guesses_is_rarely_above_chance():
-    rng, qas = np.random.default_rng(1), [replace(TOWN, id=f"q{i}") for i in range(60)]
+    rng, qas = np.random.default_rng(1), [replace(TOWN, id=f"q{i}", question=f"Where is {i}?") for i in range(60)]
     guessing = np.mean([Options("text", qas, rng.normal(size=(60, 4))).above_chance(ALPHA) for _ in range(RUNS)])
     knowing = np.mean([Options("text", qas, rng.normal(size=(60, 4)) + [0, 2, 0, 0]).above_chance(ALPHA) for _ in range(100)])
     assert guessing <= allowed(ALPHA, RUNS) and knowing > .9
 
 
 def test_the_claim_is_clopper_pearson():
-    options = Options("letter", [replace(TOWN, id=f"q{i}") for i in range(20)], np.log(np.tile([[.2, .4, .3, .05]], (20, 1))))
+    options = Options("letter", [replace(TOWN, id=f"q{i}", question=f"Where is {i}?") for i in range(20)], np.log(np.tile([[.2, .4, .3, .05]], (20, 1))))
     assert float(options.claim(.05)) == pytest.approx(.05**(1/20)) and options.accuracy() == 1                    # all 20 right: the floor has a closed form
     assert "over the population" in str(options.claim()) and "options by letter" in str(options.claim())
     assert options.p_right == pytest.approx(.4) and options.share_right == pytest.approx(.4/.95) and options.mass == pytest.approx(.95)
+
+
+def test_orders_are_no_questions_of_their_own():
+    "A model that knows half of the population's questions, in every order: 40 of them in 4 orders are 40. Counted as 160 the lower bound misses in about 16 % at alpha = 0.05."
+    rng, base = np.random.default_rng(2), [replace(TOWN, id=f"q{i}", question=f"Where is {i}?") for i in range(40)]
+    asked, misses, counted = [lettered(o) for qa in base for o in cyclic(qa)], np.zeros(2), 0
+    right = np.array([qa.choices.index(qa.answer) for qa in asked])
+    for _ in range(RUNS):
+        knows = np.repeat(rng.random(40) < .5, 4)
+        options = Options("letter", asked, np.where(np.arange(4) == np.where(knows, right, (right + 1) % 4)[:, None], -.1, -3.))
+        low, high = options.claim(2 * ALPHA, "two-sided").value
+        misses += low > .5, high < .5
+        counted += binary_bound(int(options.correct().sum()), 160, ALPHA, "lower").value > .5
+    assert (misses / RUNS <= allowed(ALPHA, RUNS)).all() and counted / RUNS > 2 * ALPHA
+    claim = options.claim()
+    assert claim.n == 40 and "averaged over the orders of each question's options" in str(claim) and not options.above_chance(1e-9)
+
+
+def test_orders_are_told_by_text_and_options_not_by_id():
+    "Shuffled by hand, unlisted, under any id: the same question. The same words with other options are another one. What is claimed of orders is their average."
+    orders = [replace(o, id=f"x{i}") for i, o in enumerate([*cyclic(TOWN), *map(lettered, cyclic(TOWN)), replace(TOWN, choices=TOWN.choices[:2])])]
+    options = Options("text", orders, np.log(np.full((9, 4), .1)))
+    assert options.claim().n == 2
+    half = [o for i in range(30) for o in cyclic(replace(TOWN, id=f"q{i}", question=f"Where is {i}?"))]
+    first = Options("letter", half, np.tile(np.log([.7, .1, .1, .1]), (120, 1)))                                 # always A: right in one order of four
+    assert float(first.claim(.05, "two-sided").value[1]) == pytest.approx(mean_bound(np.full(30, .25), .025).value) and not first.above_chance()
 
 
 # Draws against exact probabilities
