@@ -95,6 +95,7 @@ def as_scores(
 )->np.ndarray: # (questions, n) float64
     "Scores as a table; ValueError on an empty, three-dimensional, complex, non-finite, out-of-range or stopped input."
     if not anytime: check_fixed(x)
+    if hasattr(x, "detach"): x = x.detach().cpu().numpy() if x.is_complex() else x.detach().cpu().double().numpy()     # a tensor of any kind
     if np.iscomplexobj(x): raise ValueError("scores must be real numbers in [0, 1], got complex ones")
     if missing not in ("error", "worst"): raise ValueError(f"missing must be 'error' or 'worst', got {missing!r}")
     x = np.asarray(x, dtype=float)

@@ -38,6 +38,7 @@ class Decoding:
             if not ok: raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
         check(isinstance(self.temperature, Real) and 0 <= self.temperature < float("inf"), "temperature", "a finite number >= 0")
         check(isinstance(self.top_p, Real) and 0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        for name in ("temperature", "top_p"): object.__setattr__(self, name, float(getattr(self, name)))
         for name, least, allowed in (("top_k", 0, "a whole number >= 0 (0 keeps all tokens)"), ("max_new_tokens", 1, "a whole number >= 1")):
             check(is_whole(getattr(self, name), least), name, allowed)
             object.__setattr__(self, name, int(getattr(self, name)))

@@ -345,3 +345,10 @@ def test_benchmark_runs():
     script = Path(__file__).parents[1] / "benchmarks" / "bounds.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0 and "ratio" in done.stdout, done.stderr
+
+
+def test_tensors_of_every_kind():
+    torch = pytest.importorskip("torch")
+    x = torch.tensor([0., .25, 1.])
+    want = float(mean_bound(x.numpy()))
+    assert float(mean_bound(x.bfloat16())) == float(mean_bound(x.requires_grad_())) == want
