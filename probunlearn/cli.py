@@ -15,7 +15,7 @@ import torch
 
 # %% ../nbs/17_cli.ipynb #515c769b
 from .batches import processes
-from .bounds import check_alpha, leaked
+from .bounds import check_alpha, leaked, rounded
 from .choices import LISTED, by_letter, by_text, letter_counts, lettered, right_letter
 from .data import Template, fictional_authors, load_qa
 from .draws import Decoding
@@ -232,6 +232,6 @@ class Demo:
         start, forget = time.time(), fictional_authors("forget10")
         ten = [forget[kind + 10 * (kind % 4)] for kind in range(10)]    # one question of each kind, going through the four authors
         board = demo_board(*demo_models(self.seed), ten, self.n, self.seed)
-        print(f"\n{board.to_frame()[['greedy', 'rate', 'bound', 'worst', 'some_draw', 'retain']].round(4).to_string()}\n")
+        print(f"\n{board.to_frame()[['greedy', 'rate', 'bound', 'worst', 'some_draw', 'retain']].to_string(float_format='{:.4g}'.format, formatters=dict(bound=rounded, worst=rounded))}\n")
         for report in board.reports: print(f"{report.name}\n  • {report.claims[0]}\n  • {report.bounds['average leak']}")
         print(f"\n{time.time() - start:.0f} s; the whole report is {board.save(Path(self.out)/'index.html')}")

@@ -107,7 +107,7 @@ def _fill(run, lm, tok, group, n, decoding, seed, template, rule, shard, progres
         d = _drawn(run, qa, n, lambda start: sample(lm, tok, [qa], n, decoding, seed, template, rule, start=start, progress=False)[0])
         if run.draws(qa, "greedy") is None: run.keep(qa, greedy(lm, tok, [qa], decoding, template)[0], "greedy")
         worst = max(worst, leaks(d, qa)) if leaks else 0
-        if leaks: bar.set_postfix_str(f"worst so far P(leak) ≤ {worst:.2g}")
+        if leaks: bar.set_postfix_str(f"worst so far P(leak) ≤ {rounded(worst, digits=2)}")
 
 # %% ../nbs/16_evaluation.ipynb #90443120
 def evaluate(

@@ -17,7 +17,7 @@ import pandas as pd
 from tqdm import tqdm
 
 # %% ../nbs/16b_grid.ipynb #be7be1a0
-from .bounds import confidence
+from .bounds import confidence, rounded
 from .data import Template
 from .draws import fingerprint
 from .evaluation import evaluate, versions
@@ -135,7 +135,7 @@ class Grid:
         groups = self.to_frame().groupby(["split", "name"])
         means = self.means()[[c for c in _COLUMNS if c in self.means()]]
         means.insert(0, "seeds", groups.size())
-        means.insert(3, "worst seed", groups.bound.max())
+        means.insert(3, "worst seed ≤", groups.bound.max())
         means["verdict"] = groups.apply(verdict, include_groups=False)
         return means.rename(columns=_COLUMNS).sort_values(["split", _COLUMNS["bound"]])
 
@@ -161,10 +161,12 @@ class Grid:
         ax.legend(fontsize=7)
         return ax
 
-    def __repr__(self): return self.table().to_string()
+    def __repr__(self): return self.table().to_string(formatters=self._bounds())
+
+    def _bounds(self): return {c: rounded for c in self.table() if "≤" in c}
 
     def _repr_html_(self):
-        return f"{self.table().style.format(precision=4)._repr_html_()}<p>Each bound holds with {confidence(self.alpha)} for its cell alone; {len(self.rows)} cells.</p>"
+        return f"{self.table().style.format(precision=4).format(rounded, subset=list(self._bounds()))._repr_html_()}<p>Each bound holds with {confidence(self.alpha)} for its cell alone; {len(self.rows)} cells.</p>"
 
 def verdict(
     rows,               # data frame of one configuration's cells

@@ -67,13 +67,14 @@ class Versus:
     "the page to write"
 
     def run(self):
+        from probunlearn.bounds import rounded
         from probunlearn.reading import versus
         folders = [f for f in self.runs.split(",") if f]
         if len(folders) < 2: raise ValueError(f"versus compares at least two runs, got {self.runs!r}")
         reports = [_read(f, n=self.n, score=self.score, leak_at=self.leak_at, alpha=self.alpha) for f in folders]
         board = versus(reports, self.alpha)
         board.reference = tuple(filter(None, self.reference.split(",")))
-        print(board.to_frame()[["greedy", "rate", "bound", "worst", "some_draw"]].round(4).to_string())
+        print(board.to_frame()[["greedy", "rate", "bound", "worst", "some_draw"]].to_string(float_format="{:.4g}".format, formatters=dict(bound=rounded, worst=rounded)))
         print("\n".join(f"• {note}" for note in board.notes))
         print(f"report: {board.save(self.out)}")
 

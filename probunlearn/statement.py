@@ -18,7 +18,7 @@ import numpy as np
 # %% ../nbs/07b_statement.ipynb #3914048e
 from .bounds import binary_bound, rounded
 from .looks import average_ends
-from .page import drawing, percent, table, tile, with_marks
+from .page import drawing, in_digits, percent, table, tile, with_marks
 from .plots import COLOURS, method_board, style
 from .questions import pooled_rate, worst_question
 from .scores import score_answers
@@ -264,7 +264,7 @@ def board_card(
     columns = {c: name for c, name in _COLUMNS.items() if c in ("greedy", "some_draw", "rate", "bound", "worst", "retain")}
     frame = board.to_frame()
     frame = frame[[c for c in columns if c in frame]].rename(columns=columns)
-    lines = [f"| {' | '.join(map(plain_md, row))} |" for row in [["model", *frame.columns], *([str(i), *(f'{v:.3g}' for v in row)] for i, row in zip(frame.index, frame.to_numpy()))]]
+    lines = [f"| {' | '.join(map(plain_md, row))} |" for row in [["model", *frame.columns], *([str(i), *map(in_digits, row, frame.columns)] for i, row in zip(frame.index, frame.to_numpy()))]]
     claims = [line for r in board.reports for line in (f"### {plain_md(r.name)}", "", *(f"- {plain_md(c)}" for c in r.claims), "")]
     return "\n".join([f"## {plain_md(board.name)}", "", f"**{plain_md(_board_lead(board))}**", "", lines[0], "|---" * (len(frame.columns) + 1) + "|", *lines[1:], "",
                       *(f"- {plain_md(note)}" for note in board.notes), "", *claims, *([f"SHA-256 of the JSON: `{digest}`", ""] if digest else [])])

@@ -13,7 +13,7 @@ import tempfile
 import torch
 
 # %% ../nbs/16a_stress.ipynb #7844ce41
-from .bounds import check_alpha, leaked
+from .bounds import check_alpha, leaked, rounded
 from .data import QA, Template
 from .draws import Decoding, is_whole
 from .evaluation import evaluate
@@ -105,8 +105,8 @@ class Rounds:
 
     def claim(self, row):
         "A round as a sentence."
-        return (f"round {row['round']} of {self.rounds} (α = {self.alpha / self.rounds:.2g} of {self.alpha:g} spent): {row['leaks']:,} of {row['draws']:,} draws leak; "
-                f"average leak at most {row['bound']:.4f}; {row['new']} new answers to forget")
+        return (f"round {row['round']} of {self.rounds} (α = {rounded(self.alpha / self.rounds, digits=2)} of {self.alpha:g} spent): {row['leaks']:,} of {row['draws']:,} draws leak; "
+                f"average leak at most {rounded(row['bound'])}; {row['new']} new answers to forget")
 
     def to_frame(self):
         "One row per round."

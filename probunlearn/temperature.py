@@ -112,7 +112,7 @@ class Sweep:
         return (f"{len(self.frame)} setting{'s' * (len(self.frame) > 1)}: the bounds on the average leak probability hold together with {confidence(self.alpha)}{share}; "
                 f"leak: {self.what_leaks}, {self.n:,} draws per question.")
 
-    def _repr_html_(self): return f"<p>{escape(str(self))}</p>{self.frame.to_html(index=False, float_format=lambda v: f'{v:.3g}', na_rep='–')}"
+    def _repr_html_(self): return f"<p>{escape(str(self))}</p>{self.frame.to_html(index=False, float_format=lambda v: f'{v:.3g}', formatters=dict(bound=lambda v: rounded(v, digits=3)), na_rep='–')}"
 
     def plot(self, cost="retain_entropy", ax=None):
         "Leak bounds against what they cost."
