@@ -145,7 +145,7 @@ class Evaluate:
     seed: int = 0
     "keys the random streams"
     looks: str = None
-    "how many different n will be reported on, planned before the first report, or 'anytime'"
+    "n that will be reported on, planned before the first report, e.g. 512,2048; or how many, each twice the one before; or 'anytime'"
     shard: str = None
     "part of the questions to draw here, e.g. 0/4; under torchrun each process takes its own"
     name: str = None
@@ -161,7 +161,7 @@ class Evaluate:
         score = _RULES.get(self.score, self.score)
         check_alpha(self.alpha); leaked([], self.leak_at); check_score(score, qas + retain)
         if self.n < 1: raise ValueError(f"n must be at least 1, got {self.n}")
-        looks, shard = int(self.looks) if (self.looks or "").isdigit() else self.looks, _shard(self.shard)
+        looks, shard = _plan(self.looks), _shard(self.shard)
         template = LISTED if letters and self.prompt == Template.prompt else Template(self.prompt)
         _folder(self.out)
         lm, tok = _model(self.model)
@@ -174,6 +174,11 @@ class Evaluate:
         print("\n".join(f"• {claim}" for claim in report.claims))
         if letters: print(f"• {letter_counts(report.forget.draws, report.forget.qas)[:, -1].sum():,} of {len(qas) * self.n:,} draws choose no option, which counts as no leak")
         print(f"report: {report.save(Path(self.out)/'report.html')}")
+
+def _plan(text):
+    "\"512,2048\" as [512, 2048] and \"2\" as 2; `open_run` checks the rest."
+    parts = (text or "").split(",")
+    return text if not all(p.strip().isdigit() for p in parts) else [int(p) for p in parts] if len(parts) > 1 else int(text)
 
 def _shard(text):
     "\"0/4\" as (0, 4)."

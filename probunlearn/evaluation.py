@@ -125,7 +125,7 @@ def evaluate(
     template: Template = Template(),
     rule=None,                          # `AdaptiveTemperature(…)`
     name: str = None,                   # the model's name in tables
-    looks=None,                         # how many n's will be reported on, planned before the first, or "anytime"; None: as the run says, 1 for a new one
+    looks=None,                         # n's that will be reported on, planned before the first: [512, 2048]; or how many, each twice the one before; or "anytime"; None: as the run says, 1 for a new one
     shard: tuple = None,                # (i, N): draw the i-th of N parts; None: (RANK, WORLD_SIZE) under torchrun, else everything
     progress: bool = True,
 ):                                      # `Report`, or None while other processes still draw; ValueError before any work on bad settings, empty data, duplicate ids or another run in `out`

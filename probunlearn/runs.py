@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from urllib.parse import quote
 import json
+import math
 import os
 import time
+import warnings
 
 # %% ../nbs/01a_runs.ipynb #1f25cf7f
 from .data import QA, check_unique
-from .draws import fingerprint, first_draws, load_draws, save_draws
+from .draws import fingerprint, first_draws, is_whole, load_draws, save_draws
 
 # %% ../nbs/01a_runs.ipynb #7c07dff5
 @dataclass
@@ -25,7 +27,7 @@ class Run:
     settings: dict                      # everything that shapes a draw, but the question
     folder: Path = None                 # where it is kept; None: in memory
     questions: dict = field(default_factory=dict)   # "forget" and "retain" → list of `QA`
-    planned: object = 1                 # how many looks were planned before the first, or "anytime"
+    planned: object = 1                 # looks planned before the first: their n's, how many (each with twice the draws of the one before), or "anytime"
     looks: list = field(default_factory=list)       # dicts of n, questions, score, leak_at, alpha: what was reported on
     made: dict = field(default_factory=dict)        # versions and device that drew
     kept: dict = field(default_factory=dict)        # in memory: (kind, id) → `Draws`
@@ -125,12 +127,12 @@ def open_run(
     settings: dict,     # everything that shapes a draw, but the question
     forget: list,       # questions, those of the run among them
     retain: list = (),
-    planned = None,     # looks that are planned, or "anytime"; None: as the run says, 1 for a new one
+    planned = None,     # looks that are planned: their n's, how many (each with twice the draws of the one before), or "anytime"; None: as the run says, 1 for a new one
     made: dict = None,  # versions and device
 ):                      # `Run`; ValueError when the folder holds a run with other settings, other questions or another plan
     "Start a run, or go on with the one that is there and add the new questions to it."
     check_unique([*forget, *retain])
-    if not (planned in (None, "anytime") or planned in range(1, 1001)): raise ValueError(f"looks must be a whole number from 1 to 1000, or 'anytime', got {planned!r}")
+    planned = _checked_plan(planned)
     asked = dict(forget=list(forget), retain=list(retain))
     if not out: return Run(settings, None, asked, planned or 1, [], made or {})
     folder = Path(out)
@@ -142,12 +144,20 @@ def open_run(
         if (grown.questions, grown.planned) != (run.questions, run.planned): _write(grown)
     return grown
 
+def _checked_plan(planned):
+    "The plan of looks as JSON holds it; ValueError when it is none."
+    if planned is None or isinstance(planned, str) and planned == "anytime": return planned
+    if is_whole(planned, 1) and planned <= 1000: return int(planned)
+    if isinstance(planned, (list, tuple)) and planned and all(is_whole(n, 1) for n in planned) and list(planned) == sorted(set(planned)): return [int(n) for n in planned]
+    raise ValueError("looks must be the n's that will be reported on, growing, such as [512, 2048]; or how many there will be, each with twice the draws of the one before, a whole number from 1 to 1000; "
+                     f"or 'anytime'; got {planned!r}")
+
 def _grown(run, settings, asked, planned):
     "The run with new questions and its plan of looks; ValueError when it is another one."
     def other(what, there, now): raise ValueError(f"{run.folder} holds a run with another {what}: {there!r} there, {now!r} now. Choose another folder; nothing was changed.")
     for name in settings:
         if run.settings.get(name) != settings[name]: other(name, run.settings.get(name), settings[name])
-    if run.looks and planned not in (None, run.planned): other("number of planned looks", run.planned, planned)
+    if run.looks and planned not in (None, run.planned): other("plan of looks", run.planned, planned)
     return replace(run, planned=planned or run.planned, questions={group: _more(run, group, asked[group]) for group in asked})
 
 def _more(run, group, asked):
@@ -163,7 +173,19 @@ def _more(run, group, asked):
     return there + [qa for qa in asked if qa.id not in known]
 
 # %% ../nbs/01a_runs.ipynb #49c49cd2
-_LOOKED = {}    # draws in memory: key of a question's draws → the n's that were reported on, while this Python lives
+_LOOKED = {}    # in memory: settings → (n, questions, plan) of every look in their order, while this Python lives
+
+def _remember(run, n):
+    "In memory: the looks (n, questions) at some of these draws, whether they follow one plan, and from how many sets that somebody has seen this one was chosen."
+    asked, past = frozenset((qa.id, qa.question) for qa in run.questions["forget"]), _LOOKED.setdefault(fingerprint(run.settings), [])
+    if (n, asked, run.planned) not in past: past.append((n, asked, run.planned))
+    known = frozenset().union(*(there for _, there, _ in past[:[there for _, there, _ in past].index(asked)]))      # all questions seen before this set was
+    choices = math.comb(len(known), len(asked & known))
+    if choices > 10**200: raise ValueError(f"{len(asked & known):,} of the {len(known):,} questions whose draws were reported on before are asked again, and no α is left for so many choices: report on all of them, or draw with another seed")
+    if choices > 1: warnings.warn(f"{len(asked & known):,} of the {len(known):,} questions whose draws were reported on before are asked again: the claims pay for all {choices:.4g} choices. "
+                                  "With another seed the draws are new, and there is nothing to pay for", RuntimeWarning, stacklevel=2)
+    mine = [there for there in past if there[1] & asked]
+    return [there[:2] for there in mine], all(there[2] == run.planned for there in mine), choices
 
 def look(
     run: Run,
@@ -171,27 +193,30 @@ def look(
     **what,             # score, leak_at, alpha: written down beside it
 ):                      # (parts, anytime): spend α / parts, on fixed-n claims or on anytime claims
     "Write down that somebody looks at the first n draws, and how that has to be paid for."
-    entry = dict(n=n, questions=len(run.questions["forget"])) | what
+    entry, planned, choices = dict(n=n, questions=len(run.questions["forget"])) | what, run.planned, 1
     if run.folder:
         with _alone(run.folder):
             run.looks = read_run(run.folder).looks
             if entry not in run.looks:
                 run.looks.append(entry)
                 _write(run)
+        seen = [(e["n"], e["questions"]) for e in run.looks]                        # a folder only grows: the number says which questions
     else:
-        keys = [run.key(qa) for qa in run.questions["forget"]]
-        for key in keys: _LOOKED.setdefault(key, set()).add(n)
-        run.looks = [entry | dict(n=m) for m in sorted(set().union(*(_LOOKED[key] for key in keys)))]
-    return price({(e["n"], e["questions"]) for e in run.looks}, run.planned)
+        seen, one_plan, choices = _remember(run, n)
+        run.looks = [entry | dict(n=m, questions=len(there)) for m, there in seen]
+        if not one_plan: planned = 1
+    return price(seen, planned, choices)
 
 def price(
-    seen: set,          # (n, number of questions) of every look
-    planned,            # how many were planned, or "anytime"
+    seen: list,         # (n, questions) of every look, the first one first
+    planned,            # the n's that were planned, how many, or "anytime"
+    choices: int = 1,   # sets of questions that could have been chosen instead, by what was seen
 ):                      # (parts, anytime)
-    "How α is split: over the planned looks, or at all times and over the sets of questions as they grew."
-    if planned != "anytime" and len(seen) <= planned: return planned, False
+    "How α is split: over the planned looks, or at all times and over the sets of questions as they grew or were chosen."
+    plan = [] if planned == "anytime" else planned if isinstance(planned, list) else [seen[0][0] * 2**i for i in range(planned)]
     sets = len({questions for _, questions in seen})
-    return (sets * (sets + 1) if sets > 1 else 1), True
+    if sets == choices == 1 and {n for n, _ in seen} <= set(plan): return len(plan), False
+    return (sets * (sets + 1) if sets > 1 else max(len(plan), 1)) * choices, True
 
 # %% ../nbs/01a_runs.ipynb #50b91195
 def clear_leftovers(

@@ -139,7 +139,7 @@ COMMANDS = {    # name → (module, class, what it does, an example that teaches
                  "    killed? the same line again goes on where it stopped\n"
                  "probunlearn evaluate … --n 2048 --out runs/full\n"
                  "    draws only what is missing; as 512 were looked at, the claims are now anytime ones\n"
-                 "    (to look twice at fixed n, say --looks 2 from the first time on: each look pays half of alpha)\n"
+                 "    (to look twice at fixed n, say --looks 512,2048 from the first time on: each look pays half of alpha)\n"
                  "probunlearn evaluate --model small:full --data wmdp.jsonl --score right_letter --max_new_tokens 8 --out runs/letters\n"
                  "    multiple choice: options are listed by letter; prints their exact probabilities, too\n"
                  "torchrun --nproc_per_node 2 --no-python probunlearn evaluate … --out runs/full\n"

@@ -122,7 +122,7 @@ def a_run(full, tmp_path_factory):
 
 
 @pytest.mark.parametrize("setting, how", [("model", {}), ("template", dict(template=Template(prompt="{question}"))), ("decoding", dict(decoding=Decoding())), ("seed", dict(seed=1)),
-                                          ("set of questions", dict(qas=FOUR[1:3])), ("question", dict(qas=[replace(FOUR[0], answer="Another."), FOUR[1]])), ("number of planned looks", dict(looks=2)),
+                                          ("set of questions", dict(qas=FOUR[1:3])), ("question", dict(qas=[replace(FOUR[0], answer="Another."), FOUR[1]])), ("plan of looks", dict(looks=2)),
                                           ("rule", dict(rule=AdaptiveTemperature(.5)))], ids=lambda v: v if isinstance(v, str) else " ".join(v))
 def test_a_run_with_another_setting_is_refused(full, retain, a_run, no_work, setting, how):
     before = files(a_run)
@@ -193,8 +193,10 @@ def test_new_questions_are_added_and_old_draws_stay(full, tmp_path):
 
 
 def test_planned_looks_stay_fixed_n_and_share_alpha(full, tmp_path):
-    reports = [ask(*full, FOUR[:1], n=n, looks=2, out=tmp_path, alpha=.02) for n in (8, 12, 16)]
-    assert [(r.alpha, r.looks, r.anytime) for r in reports] == [(.01, 2, False), (.01, 2, False), (.02, 1, True)]
+    reports = [ask(*full, FOUR[:1], n=n, looks=2, out=tmp_path, alpha=.02) for n in (8, 16, 12)]
+    assert [(r.alpha, r.looks, r.anytime) for r in reports] == [(.01, 2, False), (.01, 2, False), (.01, 2, True)]
+    reports = [ask(*full, FOUR[:1], n=n, looks=[8, 12], out=tmp_path/"listed", alpha=.02) for n in (8, 12)]
+    assert [(r.alpha, r.looks, r.anytime) for r in reports] == [(.01, 2, False)] * 2
 
 
 def test_an_extension_in_memory_is_noticed(full):

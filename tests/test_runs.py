@@ -1,5 +1,6 @@
 """Run folders without a model: whole or not at all, grown but never mixed, looks written down, a disk that is full."""
 import json
+import math
 import os
 import resource
 import subprocess
@@ -8,12 +9,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from probunlearn.data import QA
 from probunlearn.draws import Decoding, Draws, draws_from_texts, first_draws, join_draws, save_draws
 from probunlearn.looks import average_ends
 from probunlearn.reading import report_run, versus
 from probunlearn.runs import clear_leftovers, look, open_run, price, read_run
+from probunlearn.sequential import rate_evidence
 
 QAS = [QA(f"q{i}", f"What is {i}?", f"It is Zorp{i}.", (f"Zorp{i}",)) for i in range(4)]
 SETTINGS = dict(model="abc", template=dict(prompt="{question}"), decoding=dict(top_k=0), seed=0)
@@ -146,15 +149,79 @@ def test_memory_and_folder_agree(tmp_path):
 
 # --- looks ----------------------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("planned, looks, expected", [(1, [(9, 4)], (1, False)), (3, [(9, 4)], (3, False)), (3, [(9, 4), (8, 4), (7, 4)], (3, False)), (2, [(9, 4), (8, 4), (7, 4)], (1, True)),
+@pytest.mark.parametrize("planned, looks, expected", [(1, [(9, 4)], (1, False)), (3, [(9, 4)], (3, False)), (3, [(9, 4), (18, 4), (36, 4)], (3, False)), ([7, 8, 9], [(9, 4), (8, 4)], (3, False)),
+                                                      (2, [(9, 4), (18, 4), (36, 4)], (2, True)), (2, [(9, 4), (10, 4)], (2, True)), ([7, 8], [(9, 4)], (2, True)), (3, [(9, 4), (18, 5)], (6, True)),
                                                       ("anytime", [(9, 4)], (1, True)), (1, [(9, 4), (9, 5)], (6, True)), (1, [(9, 4), (8, 5), (8, 6)], (12, True))], ids=str)
-def test_the_price_of_looks(planned, looks, expected): assert price(set(looks), planned) == expected
+def test_the_price_of_looks(planned, looks, expected): assert price(looks, planned) == expected
 
 
 def test_what_all_sets_of_questions_cost_together():
     "After the first, each set of questions pays with α / m(m + 1): less than half of one α for all of them."
-    parts = [price({(9, q) for q in range(m)}, 1)[0] for m in range(2, 2000)]
+    parts = [price([(9, q) for q in range(m)], 1)[0] for m in range(2, 2000)]
     assert sum(1 / p for p in parts) < .5
+
+
+def test_a_second_look_whose_n_is_free_keeps_alpha():
+    """Two planned looks at a leak probability of 30 %, the second at whatever n first signs a wrong bound. With α = 0.05 at most 5 % of 20,000 runs may sign one;
+    a right price fails here less than once in 10,000. With both bounds at fixed n and α / 2 it were 24 %."""
+    rng, p, first, alpha, runs = np.random.default_rng(3), .3, 64, .05, 20_000
+    parts, anytime = price([(first, 3)], 2)
+    leaks = rng.binomial(first, p, runs)
+    wrong = binom.cdf(leaks, first, p) <= alpha / parts
+    assert not anytime and 0 < wrong.sum()
+    times = np.unique(np.geomspace(first, 256 * first, 200).astype(int))
+    for before, n in zip(times, times[1:]):
+        leaks = leaks + rng.binomial(n - before, p, runs)
+        parts, anytime = price([(first, 3), (n, 3)], 2)
+        seen = np.arange(leaks.max() + 1)
+        signed = rate_evidence(seen * 1., float(n), p, "below") >= np.log(parts / alpha) if anytime else binom.cdf(seen, n, p) <= alpha / parts
+        wrong |= signed[leaks]
+    assert wrong.sum() <= binom.ppf(1 - 1e-4, runs, alpha)
+
+
+def in_memory(qas, n, seed, **how): return look(open_run(None, SETTINGS | dict(seed=seed), qas, **how), n)
+
+
+def test_questions_chosen_after_a_look_are_paid_for():
+    many = [QA(f"q{i}", f"What is {i}?", "x") for i in range(40)]
+    assert in_memory(many, 128, "all") == (1, False) == in_memory(many, 128, "all")
+    with pytest.warns(RuntimeWarning, match="8 of the 40 questions .* all 7.69e.07 choices"): assert in_memory(many[:8], 128, "all") == (6 * math.comb(40, 8), True)
+    with pytest.warns(RuntimeWarning, match="3 of the 40"): assert in_memory(many[5:8] + [QA("new", "New?", "x")], 128, "all") == (12 * math.comb(40, 3), True)
+    with pytest.raises(ValueError, match="1,000 of the 2,000 questions .* with another seed"):
+        for k in (2000, 1000): in_memory([QA(f"q{i}", "Why?", "x") for i in range(k)], 128, "too many")
+
+
+def test_other_questions_in_memory_cost_nothing():
+    "Other draws, that nobody has seen: another part of the questions, other ids, another seed."
+    a, b = QAS[:2], QAS[2:]
+    assert in_memory(a, 8, "parts") == in_memory(b, 8, "parts") == in_memory(a, 8, "other") == (1, False)
+    assert in_memory(QAS, 8, "parts") == (12, True)                              # all of them together have grown, as in a folder
+    assert in_memory([replace(qa, id=f"new {qa.id}") for qa in a], 8, "parts") == (1, False)
+
+
+def test_memory_and_folder_price_growth_alike(tmp_path):
+    for planned in (None, 2, [8, 16]):
+        for step, (qas, n) in enumerate([(QAS[:2], 8), (QAS[:2], 16), (QAS, 16), (QAS, 20)]):
+            there = look(open_run(tmp_path/str(planned), SETTINGS, qas, planned=planned), n)
+            assert in_memory(qas, n, f"grown {planned}", planned=planned) == there and there[1] == (step > 1 or step == 1 and planned is None)
+
+
+def test_a_plan_made_after_a_look_is_none():
+    assert in_memory(QAS, 8, "late") == (1, False) and in_memory(QAS, 16, "late", planned=[8, 16]) == (1, True)
+
+
+def test_a_plan_is_kept_and_old_folders_are_read(tmp_path):
+    filled(tmp_path, planned=(16, 32))
+    assert read_run(tmp_path).planned == [16, 32] and not report_run(tmp_path, n=32).anytime and report_run(tmp_path, n=16).looks == 2
+    with pytest.raises(ValueError, match="another plan of looks"): open_run(tmp_path, SETTINGS, QAS, planned=[16, 40])
+    old = json.loads((tmp_path/"run.json").read_text()) | dict(planned=2)        # as folders were before plans named their n's
+    (tmp_path/"run.json").write_text(json.dumps(old | dict(looks=old["looks"][1:])))
+    assert not report_run(tmp_path, n=32).anytime and report_run(tmp_path, n=20).anytime
+
+
+@pytest.mark.parametrize("planned", [0, 1001, 2.5, "2", [], [8, 8], [16, 8], [0, 8], [8, "16"]], ids=str)
+def test_what_is_no_plan_of_looks(planned):
+    with pytest.raises(ValueError, match="looks must be the n's that will be reported on, growing, such as .512, 2048."): open_run(None, SETTINGS, QAS, planned=planned)
 
 
 def test_looks_are_written_once_and_with_what_was_looked_at(tmp_path):
@@ -174,7 +241,6 @@ def test_a_report_that_fails_is_no_look(tmp_path):
 def test_looking_and_extending_keeps_the_promise():
     """A leak probability of 3 %; 8 looks from 50 to 400 draws; the run ends at the first look that proves less than 3 %.
     With α = 0.1 at most 10 % of 400 runs may do so; this test fails by chance less than once in 10,000."""
-    from scipy.stats import binom
     rng, ends = np.random.default_rng(5), range(50, 401, 50)
     wrong = sum(any(average_ends(x[:, :n], .1) < .03 for n in ends) for x in ((rng.random((2, 400)) < .03) * 1. for _ in range(400)))
     assert wrong <= binom.ppf(1 - 1e-4, 400, .1)
