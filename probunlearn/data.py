@@ -9,8 +9,9 @@ __all__ = ['SPLITS', 'QA', 'check_unique', 'load_qa', 'Judgement', 'load_judgeme
 # %% ../nbs/00_data.ipynb #a2746c61
 from dataclasses import dataclass, field
 from importlib.resources import files
+from numbers import Number
 from pathlib import Path
-import json
+import csv, io, json, os, warnings
 
 # %% ../nbs/00_data.ipynb #51ee3926
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class QA:
         for name in ("id", "question", "answer"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip(): raise ValueError(f"QA.{name} must be a non-empty string, got {value!r}")
+        for name in ("keywords", "perturbed_answers", "choices"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+                raise ValueError(f"QA.{name} must be a list or tuple of strings, got {value!r}" + (f": write ({value!r},)" if isinstance(value, str) else ""))
+            object.__setattr__(self, name, tuple(value))        # a list would make the record unhashable, and unequal to the one that a run folder gives back
         if self.choices and self.answer not in self.choices: raise ValueError(f"QA.answer must be one of its choices {self.choices}, got {self.answer!r}")
 
 # %% ../nbs/00_data.ipynb #4c1a5bae
@@ -49,79 +55,130 @@ _FORMATS = (
     _Format("WMDP", {"choices"}, {"question", "answer"}),
 )
 
-def _renamed(row, columns, where):
-    "The row under our names; ValueError when its format lacks a column."
+_COLUMNS = ("id", "question", "answer", "keywords", "paraphrased_question", "paraphrased_answer", "perturbed_answer", "category", "choices")
+
+def _renamed(row, columns):
+    "The row with our names added; ValueError when a column is lacking."
     if columns: kind, names = _Format("", set(), set(columns.values())), columns
     else: names = (kind := next((f for f in _FORMATS if f.marks <= set(row)), _Format("", set()))).names
-    lost = sorted(kind.others - set(row))
+    lost, there = sorted(kind.others - set(row)), f"the columns are {', '.join(map(str, row))}"
     what = f"looks like {kind.name}, but has" if kind.name else "has"
-    if lost: raise ValueError(f"{where} {what} no column {', '.join(lost)}; the columns are {', '.join(map(str, row))}. "
-                              "Take the whole file, or say which column is what: columns=dict(question=…, answer=…)")
-    return (row if not columns else {}) | {ours: row[theirs] for ours, theirs in names.items()}
+    if lost: raise ValueError(f"{what} no column {', '.join(lost)}; {there}. Take the whole file, or say which column is what: columns=dict(question=…, answer=…)")
+    named = row | {ours: row[theirs] for ours, theirs in names.items()}
+    missing = [c for c in ("question", "answer") if c not in named]
+    if missing: raise ValueError(f"no column {' and '.join(missing)}; {there}. Say which column is what: columns=dict(question=…, answer=…)")
+    return named
+
+def _text(value):
+    "A number as text (a whole one without .0: tables with gaps keep them so), NaN as None, all else as it is."
+    if not isinstance(value, Number) or isinstance(value, bool): return value
+    return None if value != value else str(int(value) if float(value).is_integer() else value)
+
+def _texts(value):
+    "Nothing, one text or a list of them as a tuple."
+    if hasattr(value, "tolist"): value = value.tolist()         # an array in a table's cell
+    value = _text(value)
+    return tuple(map(_text, value)) if isinstance(value, (list, tuple)) else () if value in (None, "") else (value,)
 
 def _words(value):
-    "A list, a comma-separated string or nothing, as a tuple of words."
-    if isinstance(value, str): value = value.split(",")
-    return tuple(w.strip() for w in value if w.strip()) if value is not None else ()
+    "A list, a comma-separated string, a number or nothing, as a tuple of words."
+    words = (w.strip() if isinstance(w, str) else w for w in (value.split(",") if isinstance(value, str) else _texts(value)))
+    return tuple(w for w in words if w != "")
 
 def _choice(row):
     "(answer, choices) of a row: WMDP's answer is the number of a choice."
-    answer, choices = row["answer"], tuple(row.get("choices") or ())
+    answer, choices = row["answer"], _texts(row.get("choices"))
     if choices and isinstance(answer, int):
         if not 0 <= answer < len(choices): raise ValueError(f"answer {answer} is no number of its {len(choices)} choices, which count from 0")
         answer = choices[answer]
-    return answer, choices
+    return _text(answer), choices
+
+def _made(row, id, columns):
+    "A row as a `QA`; `id` for one that has none."
+    if not isinstance(row, dict): raise ValueError(f"a text without a question ({str(row)[:40]!r}…); questions stand in other files of this data set" if isinstance(row, str) else
+                                                   f"a row is a dict such as dict(question=…, answer=…), got {str(row)[:60]}")
+    row = _renamed(row, columns)
+    own, (answer, choices) = _text(row.get("id")), _choice(row)
+    return QA(id if own in (None, "") else own, _text(row["question"]), answer, _words(row.get("keywords")), _text(row.get("paraphrased_question")) or "",
+              _text(row.get("paraphrased_answer")) or "", _texts(row.get("perturbed_answer", row.get("perturbed_answers"))), _text(row.get("category")) or "", choices)
 
 def _record(row, number, source, columns=None):
-    "Row `number` of `source` as a `QA`."
-    where = f"{source}, row {number}:"
-    if not isinstance(row, dict): raise ValueError(f"{where} a text without a question ({str(row)[:40]!r}…); questions stand in other files of this data set")
-    row = _renamed(row, columns, where)
-    missing = [c for c in ("question", "answer") if c not in row]
-    if missing: raise ValueError(f"{where} no column {' and '.join(missing)}; the columns are {', '.join(map(str, row))}. Say which column is what: columns=dict(question=…, answer=…)")
-    id, perturbed, (answer, choices) = row.get("id"), row.get("perturbed_answer") or (), _choice(row)
-    return QA(f"{Path(source).stem}-{number}" if id is None or id == "" else str(id), row["question"], answer, _words(row.get("keywords")),
-              row.get("paraphrased_question") or "", row.get("paraphrased_answer") or "", (perturbed,) if isinstance(perturbed, str) else tuple(perturbed),
-              row.get("category") or "", choices)
+    "Row `number` of `source` as a `QA`; an error says which row it was."
+    try: return _made(row, f"{Path(source).stem}-{number}", columns)
+    except ValueError as e: raise ValueError(f"{source}, row {number}: {e}") from None
+
 
 # %% ../nbs/00_data.ipynb #1964ca18
 def check_unique(
     qas,    # list of `QA`
-):          # the same list; ValueError when it is empty or an id stands twice (two questions would share their random streams)
-    "Refuse an empty list and duplicate ids."
+):          # the same list; ValueError when it is empty, holds something else or an id stands twice (two questions would share their random streams)
+    "Refuse an empty list, records that are no `QA`, and duplicate ids."
     if not qas: raise ValueError("no questions: the list of QA records is empty")
     seen = set()
     for qa in qas:
+        if not isinstance(qa, QA): raise ValueError(f"a question is a QA, got {str(qa)[:60]!r}: load_qa(rows) makes them of a list of dicts or a DataFrame")
         if qa.id in seen: raise ValueError(f"duplicate question id {qa.id!r}: every QA needs an id of its own")
         seen.add(qa.id)
     return qas
 
 # %% ../nbs/00_data.ipynb #eaa3c6c1
-def _json_rows(path):
-    "The rows of a file with one JSON object per line, or with one list."
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        try: whole = json.loads(text)
-        except json.JSONDecodeError: whole = None       # lines that are lists: told apart below
-        if isinstance(whole, list) and all(isinstance(row, (dict, str)) for row in whole): return whole
-    return list(_json_lines(path, text))
+def _file_text(path):
+    "The text of a file."
+    try: return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text (byte 0x{e.object[e.start]:02x} at position {e.start}): save it as UTF-8, which spreadsheets call \"CSV UTF-8\", or read it with the encoding that it has and pass the rows, "
+                         "for a CSV load_qa(pandas.read_csv(path, encoding=\"cp1252\", dtype=str, keep_default_na=False))") from None
 
-def _json_lines(path, text):
-    "The rows of a text with one JSON object per line."
+def _json_rows(path):
+    "The rows of a file with one list, one object, or one JSON object per line."
+    text = _file_text(path)
+    try: whole = json.loads(text)
+    except json.JSONDecodeError as e: return list(_json_lines(path, text, f"; nor is the file as a whole JSON: {e}"))
+    if isinstance(whole, dict): return [whole]
+    return whole if isinstance(whole, list) and all(isinstance(row, (dict, str)) for row in whole) else list(_json_lines(path, text))
+
+def _json_lines(path, text, whole=""):
+    "The rows of a text with one JSON object per line; `whole` says why it isn't one JSON."
     for number, line in enumerate(text.split("\n"), 1):     # not splitlines: a text may hold U+2028 and its like
         if not line.strip(): continue
         try: row = json.loads(line)
         except json.JSONDecodeError: row = None
-        if not isinstance(row, dict): raise ValueError(f"{path}, line {number} is not a JSON object: {line.strip()[:60]!r}")
+        if not isinstance(row, dict): raise ValueError(f"{path}, line {number} is not a JSON object: {line.strip()[:60]!r}{whole}")
         yield row
+
+def _csv_lines(path, text, sep):
+    "(line number, cells) of each line that isn't empty."
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))        # a cell may be as long as the file
+    lines = csv.reader(io.StringIO(text), delimiter=sep, skipinitialspace=True, strict=True)
+    try: return [(lines.line_num, cells) for cells in lines if any(cells)]
+    except csv.Error as e:
+        raise ValueError(f"{path}, line {lines.line_num}: {e}. A cell that begins with a quotation mark ends with one, and quotation marks inside it are doubled") from None
+
+def _csv_rows(path):
+    "The rows of a table with , ; or tab between cells, which stay text; ValueError on a row with more cells than the header."
+    text = _file_text(path)
+    sep = max(",;\t", key=text.lstrip("\n").partition("\n")[0].count)
+    (_, header), *rows = _csv_lines(path, text, sep) or [(0, [])]
+    names = [name.strip() for name in header]
+    while names and not names[-1]: names.pop()
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice: raise ValueError(f"{path}: the header names {', '.join(twice)} twice: rename one, or take it out")
+    room = max(len(names), min((len(cells) for _, cells in rows), default=0))       # all rows may end in the same empty cells
+    for i, (line, cells) in enumerate(rows):
+        if len(cells) > room or any(cells[len(names):]):
+            raise ValueError(f"{path}, row {i} (line {line}) has {len(cells)} cells where the header names {len(names)} ({', '.join(names)}): {str(cells)[:150]}. "
+                             f"Put a cell that holds {sep!r} between quotation marks, or take out the {sep!r} that is too many")
+    if sep != "," and path.suffix.lower() == ".csv": warnings.warn(f"{path}: the header has {sep!r} between its columns, so the rows are read that way", stacklevel=4)
+    if names and not names[0]: names[0] = "Index"
+    return [dict(zip(names, cells + [""] * len(names))) for _, cells in rows]
+
+_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 
 def _file_rows(path):
     "The rows of one local file as dicts."
-    if path.suffix in (".json", ".jsonl"): return _json_rows(path)
-    if path.suffix == ".csv":
-        import pandas as pd
-        return _table_rows(pd.read_csv(path, skipinitialspace=True))
-    raise ValueError(f"{path}: unknown file type {path.suffix!r}; allowed are .json and .jsonl (one object per line, or one list) and .csv")
+    suffix = path.suffix.lower()
+    if suffix not in _SUFFIXES: raise ValueError(f"{path}: unknown file type {path.suffix!r}; allowed are .json and .jsonl (one object per line, or one list), .csv and .tsv")
+    return (_json_rows if suffix.startswith(".json") else _csv_rows)(path)
 
 def _table_rows(table):
     "The rows of a DataFrame as dicts; a first column without a name is an index."
@@ -132,7 +189,7 @@ def _table_rows(table):
 def _folder_file(folder, name):
     "The data file called `name` in `folder`; \"knowmem/forget_qa\" is found in a folder of it."
     inner = folder/Path(name or "").parent
-    found = {p.stem: p for p in sorted(inner.iterdir()) if p.suffix in (".json", ".jsonl", ".csv")} if inner.is_dir() else {}
+    found = {p.stem: p for p in sorted(inner.iterdir()) if p.suffix.lower() in _SUFFIXES} if inner.is_dir() else {}
     if not name or Path(name).name not in found: raise ValueError(f"no data set {name!r} in {folder}; there are {', '.join(found) or 'no data files'}")
     return found[Path(name).name]
 
@@ -147,22 +204,28 @@ def _hub_rows(source, name, split):
 
 # %% ../nbs/00_data.ipynb #50c3bb5e
 def load_qa(
-    source,                 # a .json/.jsonl/.csv file, a folder of them, a hub id such as locuslab/TOFU, or a DataFrame
+    source,                 # a .json/.jsonl/.csv/.tsv file, a folder of them, a hub id such as locuslab/TOFU, a DataFrame, or a list of dicts
     name: str = None,       # the data set's name in a folder or on the hub: "forget10", "knowmem/forget_qa"
     split: str = "train",   # the hub's split where the name has none: WMDP has "test"
-    columns: dict = None,   # which column is what: dict(question="Goal", answer="Target", …)
-):                          # list of `QA`; ValueError on missing columns, empty data or duplicate ids, FileNotFoundError on a path that isn't there
+    columns: dict = None,   # which column is what: dict(question="Goal", answer="Target", …); columns with our names needn't stand here
+):                          # list of `QA`; ValueError with file and row on missing columns or values, rows too long, empty data or duplicate ids, FileNotFoundError on a path that isn't there
     "Read questions and answers: TOFU, JailbreakBench, AdvBench, Harry Potter Q&A, MUSE, WMDP, or any table."
+    unknown = [ours for ours in columns or () if ours not in _COLUMNS]
+    if unknown: raise ValueError(f"columns: no field {', '.join(map(repr, unknown))}; allowed are {', '.join(_COLUMNS)}")
     if hasattr(source, "columns"): rows, source = _table_rows(source), name or "table"
+    elif isinstance(source, (list, tuple)): rows, source = source, name or "rows"
+    elif not isinstance(source, (str, os.PathLike)): raise TypeError(f"load_qa reads a file, a folder, a hub id, a DataFrame or a list of dicts, got {type(source).__name__}")
     else:
         path = Path(source)
         if path.is_dir(): path = _folder_file(path, name)
         if path.is_file(): rows = _file_rows(path)
-        elif path.suffix in (".json", ".jsonl", ".csv") or path.is_absolute(): raise FileNotFoundError(f"no such file or folder: {source}")
+        elif path.suffix.lower() in _SUFFIXES or path.is_absolute(): raise FileNotFoundError(f"no such file or folder: {source}")
         else: rows = _hub_rows(str(source), name, split)
         source = path if name is None else name
     if not rows: raise ValueError(f"{source} holds no rows")
-    return check_unique([_record(row, i, source, columns) for i, row in enumerate(rows)])
+    qas = [_record(row, i, source, columns) for i, row in enumerate(rows)]
+    try: return check_unique(qas)
+    except ValueError as e: raise ValueError(f"{source}: {e}") from None
 
 # %% ../nbs/00_data.ipynb #fd9d2733
 @dataclass(frozen=True)
@@ -173,6 +236,13 @@ class Judgement:
     harmful: bool       # what the majority of people says
     judges: dict        # name of a judge → whether it calls the answer harmful
 
+def _verdict(row, column, source, number):
+    "A 0 or 1 of a judge comparison, which a CSV holds as text; None where there is none."
+    value = row[column]
+    found = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}.get(str(value).strip().lower())
+    if found is None and (column == "human_majority" or value not in (None, "")): raise ValueError(f"{source}, row {number}: {column} must be 0 or 1, got {value!r}")
+    return found
+
 def load_judgements(
     source,     # a judge-comparison file, .csv or .json
 ):              # list of `Judgement`; ValueError when a column or a person's verdict is missing
@@ -181,9 +251,10 @@ def load_judgements(
     if not rows: raise ValueError(f"{source} holds no rows")
     lost = sorted({"goal", "target_response", "human_majority"} - set(rows[0]))
     if lost: raise ValueError(f"{source} looks unlike a judge comparison: no column {', '.join(lost)}; the columns are {', '.join(map(str, rows[0]))}")
-    for i, row in enumerate(rows):
-        if row["human_majority"] not in (0, 1): raise ValueError(f"{source}, row {i}: human_majority must be 0 or 1, got {row['human_majority']!r}")
-    return [Judgement(row["goal"], row["target_response"] or "", bool(row["human_majority"]), {c[:-3]: bool(v) for c, v in row.items() if c.endswith("_cf") and v is not None}) for row in rows]
+    def made(i, row):
+        verdicts = {c: _verdict(row, c, source, i) for c in row if c == "human_majority" or c.endswith("_cf")}
+        return Judgement(row["goal"], row["target_response"] or "", verdicts.pop("human_majority"), {c[:-3]: v for c, v in verdicts.items() if v is not None})
+    return [made(i, row) for i, row in enumerate(rows)]
 
 # %% ../nbs/00_data.ipynb #a52ac61d
 # the splits of the packaged authors, named as TOFU's
@@ -197,6 +268,11 @@ def fictional_authors(
     return load_qa(files("probunlearn._data")/"fictional_authors"/f"{split}.jsonl")
 
 # %% ../nbs/00_data.ipynb #2c4fc4f1
+def _holds(text, name):
+    "Whether `text` can be formatted with `name` alone, and shows it."
+    try: return "\0" in text.format(**{name: "\0"})
+    except (LookupError, ValueError, AttributeError): return False
+
 @dataclass(frozen=True)
 class Template:
     "How a question and its answer become text."
@@ -206,8 +282,8 @@ class Template:
     system: str = ""                                # system message of a chat
 
     def __post_init__(self):
-        if "{question}" not in self.prompt or "{answer}" not in self.answer:
-            raise ValueError(f"a template needs {{question}} in its prompt and {{answer}} in its answer, got {self.prompt!r} and {self.answer!r}")
+        if not (_holds(self.prompt, "question") and _holds(self.answer, "answer")):
+            raise ValueError(f"a template needs {{question}} in its prompt and {{answer}} in its answer, and every other brace doubled ({{{{ or }}}}), got {self.prompt!r} and {self.answer!r}")
 
     def texts(self,
         tok,                # tokenizer

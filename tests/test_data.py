@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from probunlearn.data import QA, SPLITS, Template, check_unique, encode, encode_prompt, fictional_authors, load_qa, load_judgements
+from probunlearn.data import QA, SPLITS, Judgement, Template, check_unique, encode, encode_prompt, fictional_authors, load_qa, load_judgements
 from probunlearn.world import make_authors, write_authors
 
 DATA = os.environ.get("PROBUNLEARN_TEST_DATA")
@@ -115,8 +115,15 @@ def test_a_template_is_data():
     tok, template = tokenizer("byte bpe"), Template("Q {question} A", "={answer}")
     assert tok.decode(encode_prompt(tok, "Why?", template)) == "Q Why? A" and tok.decode(encode(tok, QA("q", "Why?", "So."), template)["input_ids"]) == "Q Why? A=So.</s>"
     assert tok.decode(encode_prompt(tok, "{answer} {0} {question}", template)) == "Q {answer} {0} {question} A"        # braces in a question are text
-    for bad in (dict(prompt="Q:"), dict(answer="A")):
+    for bad in (dict(prompt="Q:"), dict(answer="A"), dict(prompt='{"q": "{question}"}'), dict(prompt="{question} {answer}"), dict(prompt="{{question}}"), dict(prompt="{question} {"), dict(answer="{answer} {}")):
         with pytest.raises(ValueError, match="needs {question} in its prompt and {answer} in its answer"): Template(**bad)
+
+
+def test_braces_that_are_text():
+    "Doubled in a template's prompt and answer; a system message is never formatted."
+    assert Template('{{"q": "{question}"}}', ' {{"a": "{answer}"}}').texts(None, "Why {x}?", "So {y}.") == ('{"q": "Why {x}?"}', '{"q": "Why {x}?"} {"a": "So {y}."}')
+    tok = chat_tokenizer(CHATML)
+    assert Template(chat=True, system='Write {"a": 1}.').texts(tok, "Why?")[0] == '<|im_start|>system\nWrite {"a": 1}.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n'
 
 
 # --- chat -----------------------------------------------------------------------------------------------------------------------------------
@@ -182,6 +189,77 @@ def test_csv(tmp_path):
     assert qas == [QA("d-0", "Who?", "Nobody, or all.", ("Nobody", "all")), QA("d-1", "Why?", "So.")]
 
 
+@pytest.mark.parametrize("rows,where", [(["Who?,Nobody, or all,Nobody", "Why?,So.,"], "row 0 .line 2. has 4 cells"), (["Who?,Nobody.,", "Why?,Well, so,"], "row 1 .line 3. has 4 cells"),
+                                        (["", '"Who\nis it?",Nobody.,', "Why?,Well, so,x"], "row 1 .line 5. has 4 cells"), (["Who?,Nobody.,Nobody,", "Why?,So.,"], "row 0 .line 2. has 4 cells"),
+                                        (["Who?,Nobody.,x,", "Why?,Well, so,x,"], "row 1 .line 3. has 5 cells"), (["Who?,Nobody,or all,Nobody", "Why?,Well,or,so"], "row 0 .line 2. has 4 cells")])
+@pytest.mark.parametrize("tail", ["", ","])
+def test_a_row_longer_than_its_header_is_refused(rows, where, tail, tmp_path):
+    "An unquoted comma, in whichever row, with a header that ends in a comma or not; one row's empty last cell is no proof that nothing was shifted."
+    text = "question,answer,keywords" + tail + "\n" + "\n".join(rows)
+    with pytest.raises(ValueError, match=r"d.csv, " + where + r" where the header names 3 \(question, answer, keywords\): \["): load_qa(write(tmp_path/"d.csv", text=text))
+
+
+@pytest.mark.parametrize("header", ["question,answer", "question,answer,", "question,answer,,"])
+def test_empty_cells_at_the_end_of_all_rows_are_dropped(header, tmp_path):
+    assert load_qa(write(tmp_path/"d.csv", text=header + "\nWho?,Nobody.,,\nWhy?,So.,,\n,,,\n")) == [QA("d-0", "Who?", "Nobody."), QA("d-1", "Why?", "So.")]
+
+
+def test_cells_are_taken_as_they_stand(tmp_path):
+    "Numbers, zeros in front and words that some readers take for gaps."
+    text = "id,question,answer,keywords\n001,When?,1984,1984\n,Which code?,NA,NA\n3,What?,None,\"null, 0042\"\n"
+    assert load_qa(write(tmp_path/"d.csv", text=text)) == [QA("001", "When?", "1984", ("1984",)), QA("d-1", "Which code?", "NA", ("NA",)), QA("3", "What?", "None", ("null", "0042"))]
+    with pytest.raises(ValueError, match="d.csv, row 1: QA.answer must be a non-empty string, got ''"): load_qa(write(tmp_path/"d.csv", text="question,answer\nWho?,Ann\nWhy?,\n"))
+    long = "a" * 200_000
+    assert load_qa(write(tmp_path/"d.csv", text=f"question,answer\nWho?,{long}\n"))[0].answer == long
+
+
+def test_numbers_in_json_and_tables_become_text(tmp_path):
+    import pandas as pd
+    row = {"id": 7, "question": "When?", "answer": 1984, "keywords": [1984, 2.5], "perturbed_answer": [1983], "category": 3}
+    assert load_qa(write(tmp_path/"d.jsonl", row)) == [QA("7", "When?", "1984", ("1984", "2.5"), perturbed_answers=("1983",), category="3")]
+    assert load_qa(write(tmp_path/"d.jsonl", ROW | {"keywords": 1984}))[0].keywords == ("1984",)
+    table = pd.DataFrame(dict(id=[1, None], question=["When?", "Who?"], answer=[1984, "NA"], keywords=[1984., float("nan")]))      # id and keywords are floats here
+    assert load_qa(table) == [QA("1", "When?", "1984", ("1984",)), QA("table-1", "Who?", "NA")]
+
+
+@pytest.mark.parametrize("sep", [";", "\t"])
+def test_the_header_tells_the_separator(sep, tmp_path):
+    text, qas = "question|answer|keywords\nWho, then?|Ann, Lee|Ann,Lee\n".replace("|", sep), [QA("d-0", "Who, then?", "Ann, Lee", ("Ann", "Lee"))]
+    with pytest.warns(UserWarning, match=f"d.CSV: the header has {sep!r}".replace("\\", "\\\\")): assert load_qa(write(tmp_path/"d.CSV", text=text)) == qas
+    with pytest.warns(UserWarning): assert load_qa(tmp_path, "d") == qas
+    assert load_qa(write(tmp_path/"d.tsv", text=text)) == qas
+    with pytest.raises(ValueError, match="row 0 .line 2. has 3 cells"): load_qa(write(tmp_path/"e.tsv", text=f"question{sep}answer\nWho{sep}then?{sep}Ann\n"))
+
+
+@pytest.mark.parametrize("text,message", [('question,answer\nWho?,Ann\n"Why?,So\nWhen?,Now\n', "line 4: unexpected end of data. A cell that begins with a quotation mark"),
+                                          ('question,answer\nWho?,"Ann" Lee\n', "line 2: .*A cell that begins with a quotation mark"), ("question,answer,answer\nWho?,Ann,Bob\n", "the header names answer twice"), ("", "holds no rows"),
+                                          ("id,question,answer\n1,Who?,Ann\n1,Why?,So\n", "duplicate question id '1'")])
+def test_a_bad_table_is_named(text, message, tmp_path):
+    with pytest.raises(ValueError, match=f"d.csv.*{message}"): load_qa(write(tmp_path/"d.csv", text=text))
+
+
+@pytest.mark.parametrize("name,text", [("d.csv", "question,answer\nWho is Müller?,Jürgen\n"), ("d.json", '[{"question": "Müller?", "answer": "Jürgen"}]')])
+def test_a_file_that_is_not_utf8_is_named(name, text, tmp_path):
+    (tmp_path/name).write_text(text, encoding="cp1252")
+    with pytest.raises(ValueError, match=f"{name} is not UTF-8 text .byte 0xfc at position {text.encode('cp1252').index(0xfc)}.: save it as UTF-8"): load_qa(tmp_path/name)
+
+
+def test_json_over_several_lines(tmp_path):
+    assert load_qa(write(tmp_path/"d.json", text=json.dumps(ROW, indent=1))) == load_qa(write(tmp_path/"d.json", text=json.dumps([ROW], indent=1))) == [QA("d-0", "Who?", "Nobody.")]
+    with pytest.raises(ValueError, match="d.json, line 1 is not a JSON object: '.'; nor is the file as a whole JSON: .*line 4"): load_qa(write(tmp_path/"d.json", text='[\n{"question": "Who?",\n"answer": "Nobody."\n"id": 3}]'))
+
+
+def test_a_list_of_dicts(tmp_path):
+    from dataclasses import asdict
+    assert load_qa([ROW, ROW | {"id": "a"}]) == [QA("rows-0", "Who?", "Nobody."), QA("a", "Who?", "Nobody.")] and load_qa([ROW], "mine")[0].id == "mine-0"
+    assert load_qa([asdict(qa) for qa in QAS]) == QAS
+    with pytest.raises(ValueError, match="rows, row 1: a row is a dict such as"): load_qa([ROW, ("Who?", "Nobody.")])
+    for bad in (ROW, None, 3):
+        with pytest.raises(TypeError, match=f"load_qa reads a file, .* or a list of dicts, got {type(bad).__name__}"): load_qa(bad)
+    for bad in ([ROW], ["Who?"], [QAS[0], None]):
+        with pytest.raises(ValueError, match="a question is a QA, got .*load_qa.rows. makes them"): check_unique(bad)
+
+
 def test_folder_and_name(tmp_path):
     write(tmp_path/"forget.jsonl", ROW)
     write(tmp_path/"README.md", text="hello")
@@ -192,7 +270,8 @@ def test_folder_and_name(tmp_path):
 
 @pytest.mark.parametrize("row,message", [({"prompt": "x", "answer": "y"}, "row 0: no column question; the columns are prompt, answer"), ({"a": 1}, "no column question and answer"),
                                          (ROW | {"question": ""}, "QA.question must be a non-empty string"), (ROW | {"answer": None}, "QA.answer must be a non-empty string, got None"),
-                                         (ROW | {"answer": 3}, "QA.answer must be a non-empty string, got 3")])
+                                         (ROW | {"answer": True}, "row 0: QA.answer must be a non-empty string, got True"), (ROW | {"answer": ["a"]}, "QA.answer must be a non-empty string, got .'a'."),
+                                         (ROW | {"keywords": [{"a": 1}]}, "row 0: QA.keywords must be a list or tuple of strings")])
 def test_a_bad_row_is_named(row, message, tmp_path):
     with pytest.raises(ValueError, match=message): load_qa(write(tmp_path/"d.jsonl", row))
 
@@ -201,6 +280,15 @@ def test_a_bad_row_is_named(row, message, tmp_path):
                                           ('{"question": "Who?", "answer"', "line 1 is not a JSON object")])
 def test_a_bad_file_is_named(text, message, tmp_path):
     with pytest.raises(ValueError, match=f"d.jsonl.*{message}"): load_qa(write(tmp_path/"d.jsonl", text=text))
+
+
+@pytest.mark.parametrize("name", ["keywords", "perturbed_answers", "choices"])
+def test_lists_in_a_record_are_tuples(name):
+    one, other = (QA("q", "Who?", "Ann", **{name: kind(["Ann", "Lee"])}) for kind in (list, tuple))
+    assert one == other and hash(one) == hash(other) and getattr(one, name) == ("Ann", "Lee")
+    for bad in ("Ann", ["Ann", 3], None, {"Ann"}):
+        with pytest.raises(ValueError, match=f"QA.{name} must be a list or tuple of strings, got "): QA("q", "Who?", "Ann", **{name: bad})
+    with pytest.raises(ValueError, match=r"write \('Ann',\)"): QA("q", "Who?", "Ann", **{name: "Ann"})
 
 
 def test_duplicate_ids_and_empty_lists_are_refused(tmp_path):
@@ -280,8 +368,12 @@ def test_any_table_with_its_columns_named(tmp_path):
     named = dict(question="ask", answer="say", category="tag")
     assert load_qa(tmp_path/"t.csv", columns=named) == [QA("t-0", "Who?", "Nobody.", category="x"), QA("t-1", "Why?", "So.")]
     assert [qa.answer for qa in load_qa(table, "mine", columns=named)] == ["Nobody.", "So."]
-    with pytest.raises(ValueError, match="row 0: has no column reply; the columns are ask, say, tag"): load_qa(table, columns=dict(question="ask", answer="reply"))
-    with pytest.raises(ValueError, match="no column question and answer; the columns are ask, say, tag. Say which column is what"): load_qa(table)
+    table["keywords"] = ["Nobody", None]
+    assert [qa.keywords for qa in load_qa(table, columns=dict(question="ask", answer="say"))] == [("Nobody",), ()]         # our own name needn't be told
+    for key in ("keyword", "Question", "perturbed_answers"):
+        with pytest.raises(ValueError, match=f"columns: no field {key!r}; allowed are id, question, answer, keywords"): load_qa(table, columns=dict(question="ask", answer="say", **{key: "tag"}))
+    with pytest.raises(ValueError, match="row 0: has no column reply; the columns are ask, say, tag, keywords"): load_qa(table, columns=dict(question="ask", answer="reply"))
+    with pytest.raises(ValueError, match="no column question and answer; the columns are ask, say, tag, keywords. Say which column is what"): load_qa(table)
 
 
 def test_judge_comparison(tmp_path):
@@ -292,6 +384,10 @@ def test_judge_comparison(tmp_path):
     first, second = load_judgements(tmp_path/"judge-comparison.csv")
     assert (first.question, first.answer, first.harmful, second.answer, second.harmful) == ("Find a vault", "Under the gate.", True, "", False)
     assert first.judges == dict(harmbench=True, gpt4=True, llamaguard2=False, llama3=True)
+    (tmp_path/"gaps.csv").write_text("goal,target_response,human_majority,gpt4_cf,llama3_cf\nFind a vault,NA,1.0,,False\n")
+    assert load_judgements(tmp_path/"gaps.csv")[0] == Judgement("Find a vault", "NA", True, dict(llama3=False))
+    for bad in ("goal,target_response,human_majority\nFind,x,2\n", "goal,target_response,human_majority,gpt4_cf\nFind,x,1,maybe\n"):
+        with pytest.raises(ValueError, match="bad.csv, row 0: (human_majority must be 0 or 1, got '2'|gpt4_cf must be 0 or 1, got 'maybe')"): load_judgements(write(tmp_path/"bad.csv", text=bad))
     with pytest.raises(ValueError, match="no column human_majority; the columns are Index, goal"): load_judgements(pd.DataFrame(rows).drop(columns="human_majority"))
     with pytest.raises(ValueError, match="row 1: human_majority must be 0 or 1, got None"): load_judgements(pd.DataFrame(rows).assign(human_majority=[1, None]))
 
