@@ -311,6 +311,7 @@ def jointly(
 )->Bound:
     "The same bound for all questions at once, each at alpha / questions (Bonferroni 1936); ValueError without questions, or as `bound`."
     check_alpha(alpha)
+    check_fixed(x)
     axes = 1 if "n" in options else 2
     if np.ndim(x) != axes or not len(x): raise ValueError(f"jointly needs {'one count per question, shape (question,)' if axes == 1 else 'one row of scores per question, shape (question, draw)'}, got shape {np.shape(x)}")
     return replace(bound(x, alpha=alpha / len(x), **options), alpha=alpha, scope=f"jointly for {len(x)} questions")
