@@ -18,7 +18,7 @@ from .batches import processes
 from .bounds import check_alpha, leaked, rounded
 from .choices import LISTED, by_letter, by_text, letter_counts, lettered, right_letter
 from .data import Template, fictional_authors, load_qa
-from .draws import Decoding
+from .draws import Decoding, is_whole
 from .evaluation import evaluate, run_cost
 from .judges import PHRASE_SCORES
 from .loop import TrainConfig, finetune
@@ -234,6 +234,7 @@ class Demo:
     "of training and draws"
 
     def run(self):
+        if not is_whole(self.n, 1): raise ValueError(f"n must be a whole number >= 1, got {self.n!r}")
         start, forget = time.time(), fictional_authors("forget10")
         ten = [forget[kind + 10 * (kind % 4)] for kind in range(10)]    # one question of each kind, going through the four authors
         board = demo_board(*demo_models(self.seed), ten, self.n, self.seed)

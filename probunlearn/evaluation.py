@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 # %% ../nbs/16_evaluation.ipynb #8faef659
 from .bounds import binary_bound, check_alpha, leaked, rounded
-from .data import Template
+from .data import Template, check_unique
 from .draws import Decoding, fingerprint, first_draws, is_whole, join_draws
 from .models import end_ids, lm_fingerprint
 from .planning import RunPlan
@@ -131,6 +131,7 @@ def evaluate(
 ):                                      # `Report`, or None while other processes still draw; ValueError before any work on bad settings, empty data, duplicate ids or another run in `out`
     "Draw answers, score them, bound what leaks."
     qas, retain, shard = list(qas), list(retain), _checked_shard(shard, out)
+    for group in (qas, retain)[:1 + bool(retain)]: check_unique(group)
     check_alpha(alpha); leaked([], leak_at); check_score(score, qas + retain); end_ids(lm, tok)
     if not (is_whole(n, 1) and is_whole(n_retain, 1)): raise ValueError(f"n and n_retain must be whole numbers >= 1, got {n!r} and {n_retain!r}")
     if not is_whole(seed, 0): raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")

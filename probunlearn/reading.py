@@ -11,6 +11,7 @@ import numpy as np
 
 # %% ../nbs/07d_reading.ipynb #4fc86c4e
 from .bounds import leaked
+from .draws import is_whole
 from .questions import difference_bound
 from .report import Asked, Board, Report
 from .runs import Run, look, read_run
@@ -30,6 +31,8 @@ def report_run(
 ):                                  # `Report`; ValueError while draws are missing, FileNotFoundError when there is no run
     "Report on the draws of a run, and write down that somebody looked."
     run = run if isinstance(run, Run) else read_run(run)
+    for what, value in (("n", n), ("n_retain", n_retain)):
+        if value is not None and not is_whole(value, 1): raise ValueError(f"{what} must be a whole number >= 1, got {value!r}")
     n = n or _fewest(run, "forget")
     forget = Asked(*run.asked(n))
     m = n_retain or _fewest(run, "retain")
@@ -48,11 +51,12 @@ def versus(
     alpha: float = 0.01,    # chance that the claim about one pair is wrong
 ):                          # `Board` with the differences as notes; ValueError when the reports don't match or were extended after a look
     "Models side by side, and what can be claimed about their differences (betting on paired draws: Waudby-Smith and Ramdas 2024)."
-    board, first = Board(list(reports), name=" versus ".join(r.name for r in reports)), reports[0]
-    for r in reports:
+    board = Board(list(reports), name=" versus ".join(r.name for r in reports))
+    first, *others = board.reports
+    for r in board.reports:
         if r.x.shape != first.x.shape: raise ValueError(f"{r.name!r} has {r.x.shape[1]:,} draws per question, {first.name!r} {first.x.shape[1]:,}: pairs need the same number, so report on both at the same n")
         if r.anytime: raise ValueError(f"{r.name!r} was looked at and extended, so its n was not fixed; a difference needs draws with a fresh seed")
-    for r in reports[1:]:
+    for r in others:
         of = [np.where(each.missing, np.nan, each.leaks) for each in (r, first)]
         looks, pairs = max(r.looks, first.looks), r.models * first.models       # all pairs that could have been compared
         bound = looked(difference_bound(*of, alpha / looks / pairs, pooled=True, missing="worst"), looks, pairs)

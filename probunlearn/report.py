@@ -186,7 +186,9 @@ def _answers(d, x): return [dict(answer=t, draws=int(c), logprob=None if d.logpr
 
 def _save(result, path):
     "Write a report or a board as HTML, JSON, Markdown and PNG; returns the HTML file's path."
-    path = Path(path).with_suffix(".html")
+    path = Path(path)
+    if path.suffix[1:].isalpha() and path.suffix not in (".html", ".json", ".md", ".png"): raise ValueError(f"a report is written as .html, .json, .md and .png, not {path.suffix}: {path}")
+    path = path.with_suffix(".html") if path.suffix[1:].isalpha() else path.with_name(path.name + ".html")      # the .1 of llama-3.1 is no suffix
     path.parent.mkdir(parents=True, exist_ok=True)
     data = json.dumps(as_json(result), indent=1, ensure_ascii=False, default=str).encode()
     digest = sha256(data).hexdigest()
@@ -199,7 +201,7 @@ def _save(result, path):
 # %% ../nbs/07c_report.ipynb #0f70c3fa
 @dataclass
 class Board:
-    "Reports of several models on the same questions, one row each. ValueError when the questions, the score, the threshold or α differ."
+    "Reports of several models on the same questions, one row each; equal names are numbered. ValueError when the questions, the score, the threshold or α differ, or for a reference that isn't there."
     reports: list                   # `Report`
     reference: tuple = ()           # names of rows that are only there for comparison
     name: str = "models compared"   # title
@@ -207,10 +209,15 @@ class Board:
 
     def __post_init__(self):
         if not self.reports: raise ValueError("a board needs at least one report")
+        names = [r.name for r in self.reports]
+        self.reports = [r if names.count(r.name) == 1 else replace(r, name=f"{r.name} ({names[:i].count(r.name) + 1})") for i, r in enumerate(self.reports)]
+        strangers = set(self.reference) - {r.name for r in self.reports}
+        if strangers: raise ValueError(f"no report is called {', '.join(sorted(strangers))}; there are {', '.join(r.name for r in self.reports)}")
         first = self.reports[0]
+        def asked(r): return [(q.id, q.question, q.answer, q.keywords) for q in r.forget.qas]
         def settings(r): return f"{r.what_leaks}, alpha = {r.alpha * r.looks:g}"
         for r in self.reports[1:]:
-            if [q.id for q in r.forget.qas] != [q.id for q in first.forget.qas]: raise ValueError(f"{r.name!r} was asked other questions than {first.name!r}")
+            if asked(r) != asked(first): raise ValueError(f"{r.name!r} was asked other questions than {first.name!r}")
             if (r.score, r.leak_at) != (first.score, first.leak_at) or not np.isclose(r.alpha * r.looks, first.alpha * first.looks):
                 raise ValueError(f"{r.name!r} has another score, threshold or alpha than {first.name!r}: {settings(r)}, not {settings(first)}. Bounds side by side need the same: report on its draws again with these")
 

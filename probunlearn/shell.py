@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'ReadRun', 'Versus', 'Plan', 'packaged_configs', 'main']
 
 # %% ../nbs/17a_shell.ipynb #109a74ba
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -72,8 +72,7 @@ class Versus:
         folders = [f for f in self.runs.split(",") if f]
         if len(folders) < 2: raise ValueError(f"versus compares at least two runs, got {self.runs!r}")
         reports = [_read(f, n=self.n, score=self.score, leak_at=self.leak_at, alpha=self.alpha) for f in folders]
-        board = versus(reports, self.alpha)
-        board.reference = tuple(filter(None, self.reference.split(",")))
+        board = replace(versus(reports, self.alpha), reference=tuple(filter(None, self.reference.split(","))))
         print(board.to_frame()[["greedy", "rate", "bound", "worst", "some_draw"]].to_string(float_format="{:.4g}".format, formatters=dict(bound=rounded, worst=rounded)))
         print("\n".join(f"• {note}" for note in board.notes))
         print(f"report: {board.save(self.out)}")
@@ -100,8 +99,10 @@ class Plan:
 
     def run(self):
         from probunlearn.data import fictional_authors, load_qa
+        from probunlearn.draws import is_whole
         from probunlearn.planning import RunPlan
         if self.model and not self.data: raise ValueError("the cost depends on the questions: add --data")
+        if not (self.questions is None or is_whole(self.questions, 1)): raise ValueError(f"questions must be a whole number >= 1, got {self.questions!r}")
         qas = [] if not self.data else fictional_authors(self.split or "full") if self.data == "fictional_authors" else load_qa(self.data, self.split)
         qas = qas[:self.questions]
         print(RunPlan(self.n, self.questions or len(qas) or 1, self.alpha, self.tau))
@@ -168,7 +169,10 @@ def _parsed(name, words):
     parser = ArgumentParser(prog=f"probunlearn {name}", description=what, epilog=f"examples:\n{example}", formatter_class=Teaching)
     parser.add_argument("--config", action="config", help="YAML file with options, or the name of a packaged one, e.g. small-NPO")
     parser.add_class_arguments(command)
-    chosen = parser.parse_args([_config_file(word) if before == "--config" else word for before, word in zip(["", *words], words)])
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    at = [i for i, word in enumerate(words) if word == "--config"]
+    configs = [part for i in at for part in (words[i], *map(_config_file, words[i + 1:i + 2]))]
+    chosen = parser.parse_args(configs + [word for i, word in enumerate(words) if i not in at and i - 1 not in at])       # what stands beside a file wins, wherever it stands
     return command(**{f.name: getattr(chosen, f.name) for f in fields(command)})
 
 def main(

@@ -145,3 +145,15 @@ def test_finetune_unlearn_evaluate(data):
     settings = json.loads((data/"run"/"run.json").read_text())["settings"]
     assert settings["decoding"]["max_new_tokens"] == 8 and all((d/"model.safetensors").exists() for d in (taught, unlearned))
     assert "retain" in json.loads((data/"run"/"report.json").read_text())["summary"]
+
+
+def test_what_stands_beside_a_config_wins_wherever_it_stands(tmp_path, monkeypatch):
+    file, seen = tmp_path/"c.yaml", []
+    file.write_text("n: 32\nquestions: 5\n")
+    monkeypatch.setattr(command("plan"), "run", lambda self: seen.append((self.n, self.questions)))
+    for line in (["--n", "16", "--config", str(file)], ["--config", str(file), "--n", "16"], ["--n", "16", f"--config={file}"]): main(["plan", *line])
+    assert seen == [(16, 5)] * 3
+
+
+@pytest.mark.parametrize("line, says", [(["plan", "--questions", "0"], "questions must be a whole number >= 1, got 0"), (["demo", "--n", "0"], "n must be a whole number >= 1, got 0")])
+def test_counts_of_nothing(line, says, no_model): assert says in main(line)

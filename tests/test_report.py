@@ -316,3 +316,22 @@ def test_a_board_is_saved_whole(tmp_path):
     board = Board(three(), name="three models")
     d = json.loads(board.save(tmp_path/"index.html").with_suffix(".json").read_text())
     assert d == json.loads(json.dumps(as_json(board), default=str)) and [m["name"] for m in d["models"]] == [r.name for r in board.reports]
+
+
+def test_boards_of_strangers_and_namesakes():
+    "Other questions under the same ids, equal names, a reference that isn't there."
+    report = a_report()
+    other = replace(report, forget=Asked([replace(qa, answer=qa.answer + " Not.") for qa in report.forget.qas], report.forget.draws, report.forget.greedy))
+    with pytest.raises(ValueError, match="was asked other questions"): Board([report, other])
+    board = Board([report, replace(report), replace(report, name="third")])
+    assert [r.name for r in board.reports] == [f"{report.name} (1)", f"{report.name} (2)", "third"] == list(board.to_frame().index)
+    with pytest.raises(ValueError, match="no report is called p9; there are"): Board([report], reference=("p9",))
+
+
+def test_names_with_a_dot(tmp_path):
+    "A version number is no suffix; other formats are refused."
+    report = a_report()
+    paths = [report.save(tmp_path/name) for name in ("llama-3.1", "llama-3.2", "a.html", "b")]
+    assert [p.name for p in paths] == ["llama-3.1.html", "llama-3.2.html", "a.html", "b.html"]
+    assert (tmp_path/"llama-3.1.json").is_file() and (tmp_path/"llama-3.2.png").is_file()
+    with pytest.raises(ValueError, match="not .pdf"): report.save(tmp_path/"c.pdf")
