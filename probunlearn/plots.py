@@ -260,5 +260,5 @@ def answer_tree(
     ax.set(xlim=(0, depth), ylim=(1, 0), xticks=np.arange(depth) + .5, xticklabels=np.arange(depth) + 1, xlabel="word of the answer", ylabel="share of draws")
     ax.grid(False)
     leaks = weights[np.asarray(scores) > 0].sum()
-    _title(ax, f"{len(paths)} distinct answers; {_share(leaks)} of the probability leads to a leak (orange)")
+    _title(ax, f"{len(paths)} distinct answers; {_share(leaks)} of the draws leak" + " (orange)" * bool(leaks))
     return ax

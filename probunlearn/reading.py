@@ -49,9 +49,10 @@ def _fewest(run, group): return max(1, min((run._rows(qa, "draws") for qa in run
 def versus(
     reports: list,          # `Report`s on the same questions, with the same number of draws and score; the first is compared with each of the others
     alpha: float = 0.01,    # chance that the claim about one pair is wrong
+    reference: tuple = (),  # names of reports that are there for comparison only
 ):                          # `Board` with the differences as notes; ValueError when the reports don't match or were extended after a look
     "Models side by side, and what can be claimed about their differences (betting on paired draws: Waudby-Smith and Ramdas 2024)."
-    board = Board(list(reports), name=" versus ".join(r.name for r in reports))
+    board = Board(list(reports), reference, " versus ".join(r.name for r in reports))
     first, *others = board.reports
     for r in board.reports:
         if r.x.shape != first.x.shape: raise ValueError(f"{r.name!r} has {r.x.shape[1]:,} draws per question, {first.name!r} {first.x.shape[1]:,}: pairs need the same number, so report on both at the same n")

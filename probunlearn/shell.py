@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'ReadRun', 'Versus', 'Plan', 'packaged_configs', 'main']
 
 # %% ../nbs/17a_shell.ipynb #109a74ba
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -72,7 +72,7 @@ class Versus:
         folders = [f for f in self.runs.split(",") if f]
         if len(folders) < 2: raise ValueError(f"versus compares at least two runs, got {self.runs!r}")
         reports = [_read(f, n=self.n, score=self.score, leak_at=self.leak_at, alpha=self.alpha) for f in folders]
-        board = replace(versus(reports, self.alpha), reference=tuple(filter(None, self.reference.split(","))))
+        board = versus(reports, self.alpha, tuple(filter(None, self.reference.split(","))))
         print(board.to_frame()[["greedy", "rate", "bound", "worst", "some_draw"]].to_string(float_format="{:.4g}".format, formatters=dict(bound=rounded, worst=rounded)))
         print("\n".join(f"• {note}" for note in board.notes))
         print(f"report: {board.save(self.out)}")

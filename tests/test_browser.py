@@ -116,7 +116,7 @@ def test_lesson_1_in_jupyterlab(browser, tmp_path):
         check(page, "lesson")
         assert [error.split(",")[0] for error in errors(page)] == ["draws_for(0.01"]            # the starter of the exercise, which ends the run
         page.evaluate(ANSWER, "def draws_for(p, alpha): return int(np.ceil(np.log(alpha) / np.log1p(-p)))")
-        page.wait_for_function(f"() => ({RAN})('check(draws_for)').includes(\"'right'\")", timeout=MINUTES)
+        page.wait_for_function(f"() => ({RAN})('check(draws_for)').includes(\"'right: 459 draws'\")", timeout=MINUTES)
         assert errors(page, wait=False) == []
 
 
