@@ -17,6 +17,7 @@ from html import escape
 from pathlib import Path
 from types import FunctionType
 import json
+import os
 import re
 import numpy as np
 import torch
@@ -308,9 +309,9 @@ def _key(judge, qa, answer): return fingerprint([judge.name, qa.question, qa.ans
 def _kept(out):
     "Labels of earlier runs by key; a last line that was cut off is removed, so that the next one doesn't continue it."
     if not out or not Path(out).exists(): return {}
-    text = Path(out).read_text(encoding="utf-8")
-    whole = text[:text.rfind("\n") + 1]
-    if whole != text: Path(out).write_text(whole, encoding="utf-8")
+    data = Path(out).read_bytes()
+    whole = data[:data.rfind(b"\n") + 1]
+    if whole != data: os.truncate(out, len(whole))
     return {row["key"]: row["label"] for row in map(json.loads, whole.splitlines())}
 
 def judge_answers(

@@ -186,7 +186,7 @@ def rare_leak(
     x = weights * (scores if leak_at is None else scores >= leak_at)                # (n,)
     leaking, effective = int((x > 0).sum()), float(x.sum()**2 / max((x**2).sum(), 1e-300))
     if side != "upper" and effective < 10:
-        raise ValueError(f"no lower bound from these weights: {leaking} of {n:,} draws leaked, worth {effective:.1f} equal ones, and fewer than 10 are no evidence. "
+        raise ValueError(f"no lower bound from these weights: {leaking} of {n:,} draws leaked, worth {effective:.1f} equal ones, and fewer than 10 are too few for this bound. "
                          "The proposal hardly finds leaks, or finds them far from where the model would: take one nearer to the leak, or ask for side='upper'")
     known = float(head.p @ head.values(score_answers(head.answers, qa, score), leak_at))
     how = f"{len(head.p):,} answers enumerated, importance sampling of the rest with weights of at most {rounded(cap)}"

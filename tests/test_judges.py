@@ -18,7 +18,7 @@ from probunlearn.bounds import binary_bound
 from probunlearn.data import QA
 from probunlearn.draws import draws_from_texts
 from probunlearn.endpoint import Endpoint
-from probunlearn.judges import (GUARD, HARM, LEAK, ClassifierJudge, EmbeddingJudge, EndpointJudge, FunctionJudge, GenerativeJudge, Rubric, calibrate_judge, compliance, entailment, filled,
+from probunlearn.judges import (_kept, GUARD, HARM, LEAK, ClassifierJudge, EmbeddingJudge, EndpointJudge, FunctionJudge, GenerativeJudge, Rubric, calibrate_judge, compliance, entailment, filled,
                                 judge_answers, judge_draws, refusal)
 from probunlearn.report import Asked, Report
 from test_data import CHATML, NO_SYSTEM, byte_bpe, chat_tokenizer
@@ -373,3 +373,10 @@ def test_a_server_as_a_judge():
     finally: server.shutdown(); server.server_close()
     assert reasons == {4: "no verdict", 5: "no verdict"} and [labels[i] for i in range(12) if i not in reasons] == [0, 0, 0, 1] + [0] * 6
     with pytest.raises(ValueError, match="give the rubric a prompt"): EndpointJudge(judge.endpoint, GUARD)
+
+
+def test_a_cut_off_line_of_kept_labels_is_cut_away(tmp_path):
+    "The whole lines stay as they are, byte for byte; text that only Unicode calls a line end parts no row."
+    file, whole = tmp_path/"labels.jsonl", '{"key": "a\u2028b", "label": 1.0}\n{"key": "c", "label": 0.0}\n'.encode()
+    file.write_bytes(whole + b'{"key": "d", "la')
+    assert _kept(file) == {"a\u2028b": 1.0, "c": 0.0} and file.read_bytes() == whole
