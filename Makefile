@@ -27,25 +27,25 @@ test test-slow: export OMP_NUM_THREADS ?= 1
 
 test: drift
 	$(BIN)/nbdev_test --n_workers $(WORKERS)
-	@$(BIN)/python nbs/cells.py
+	@$(BIN)/python tools/cells.py
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/nbdev_test --flags slow --n_workers $(WORKERS)
-	@$(BIN)/python nbs/cells.py slow
+	@$(BIN)/python tools/cells.py slow
 	$(BIN)/python -m pytest -m slow
 
 drift: $(READY)
-	@$(BIN)/python nbs/drift.py
+	@$(BIN)/python tools/drift.py
 
 notebooks: $(READY)
 	$(BIN)/nbdev_export
-	$(BIN)/python nbs/execute.py
+	$(BIN)/python tools/execute.py
 	$(BIN)/nbdev_clean
-	$(BIN)/python nbs/readme.py
+	$(BIN)/python tools/readme.py
 
 readme: $(READY)
-	$(BIN)/python nbs/readme.py
+	$(BIN)/python tools/readme.py
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
@@ -54,11 +54,11 @@ app: export OMP_NUM_THREADS ?= 1
 app: export HF_HUB_OFFLINE = 1
 app: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[browser]"
-	$(BIN)/voila nbs/app.ipynb
+	$(BIN)/voila nbs/recipes/app.ipynb
 
 # builds from the committed outputs: runs no notebook, and needs neither PyTorch nor the package
 docs: $(VENV)/docs
-	$(BIN)/python nbs/build_docs.py
+	$(BIN)/python tools/build_docs.py
 
 # what pyproject.toml lists as docs = [...]
 DOCS := $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)

@@ -84,6 +84,6 @@ def site(tmp_path_factory):
     "The folder of the website, built once as `make docs` builds it."
     if not importlib.util.find_spec("myst_nb"): pytest.skip("needs pip install -e '.[docs]'")
     out = tmp_path_factory.mktemp("website")/"site"
-    done = subprocess.run([sys.executable, Path(__file__).parent.parent/"nbs"/"build_docs.py", out], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, Path(__file__).parent.parent/"tools"/"build_docs.py", out], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return out

@@ -122,7 +122,7 @@ def test_lesson_1_in_jupyterlab(browser, tmp_path):
 
 def test_a_slider_of_the_app_moves_its_claim_in_voila(browser, tmp_path):
     pytest.importorskip("voila", reason="needs pip install -e '.[browser]'")
-    shutil.copy(NBS/"app.ipynb", tmp_path/"app.ipynb")
+    shutil.copy(NBS/"recipes"/"app.ipynb", tmp_path/"app.ipynb")
     with served(tmp_path, "voila", "app.ipynb") as at:
         page = browser.new_page(viewport=dict(width=1280, height=1000))
         page.goto(at, timeout=8*MINUTES)

@@ -29,7 +29,7 @@ def sources(staged): return {path: [cell.source for cell in nbformat.read(path, 
 def test_every_notebook_is_a_page_in_the_sidebar(staged, book):
     pages = {path.relative_to(staged).with_suffix("").as_posix() for path in staged.rglob("*.ipynb")}
     assert pages == {path.relative_to(NBS).with_suffix("").as_posix() for path in book.cells}
-    listed = {line for cell in sources(staged)[staged/"index.ipynb"] if "{toctree}" in cell for line in cell.splitlines()}
+    listed = {line.rpartition("<")[2].rstrip(">") for cell in sources(staged)[staged/"index.ipynb"] if "{toctree}" in cell for line in cell.splitlines()}
     assert pages - {"index"} <= listed and "docs/paper" in listed
 
 
@@ -45,7 +45,7 @@ def test_directives_and_hidden_cells_stay_behind(staged):
 
 
 def test_widgets_become_pictures_and_claims(staged):
-    cells = nbformat.read(staged/"08_widgets.ipynb", as_version=4).cells
+    cells = nbformat.read(staged/"4_reports"/"07_widgets.ipynb", as_version=4).cells
     outputs = [output for cell in cells if cell.cell_type == "code" and cell.source.startswith("bound_explorer") for output in cell.outputs]
     assert len(outputs) == 1 and outputs[0].data["text/html"].startswith("<div class='frozen'><img alt='Tightest that holds") and "truth 0.0100" in outputs[0].data["text/html"]
     assert "application/vnd.jupyter.widget-view+json" not in outputs[0].data

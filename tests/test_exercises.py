@@ -8,9 +8,9 @@ import re
 import nbformat
 import pytest
 
-from cells import HERE
+from cells import NBS
 
-LESSONS = sorted((HERE/"tutorials").glob("*.ipynb"))
+LESSONS = sorted((NBS/"tutorials").glob("*.ipynb"))
 
 
 def flagged(source, flag): return bool(re.search(rf"^#\|\s*{flag}\s*$", source, re.M))

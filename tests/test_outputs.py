@@ -5,7 +5,7 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from cells import HERE, notebooks
+from cells import NBS, notebooks
 
 HOMES = re.compile(r"/(?:home|root|Users|work|tmp)/\w")
 
@@ -19,7 +19,7 @@ def text(output):
 @pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
 def test_outputs_are_kept_and_clean(path):
     outputs = [output for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" for output in cell.outputs]
-    assert outputs, "no cell has an output: run python nbs/execute.py on it"
+    assert outputs, "no cell has an output: run python tools/execute.py on it"
     assert [output.ename for output in outputs if output.output_type == "error"] == []
     assert [found for output in outputs for found in HOMES.findall(text(output))] == []
 
@@ -30,7 +30,7 @@ def test_widgets_are_kept_with_a_picture():
     assert len(widgets) > 10 and [name for name, data in widgets if "<img alt='" not in data.get("text/html", "")] == []
 
 
-@pytest.mark.parametrize("path", sorted((HERE/"tutorials").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((NBS/"tutorials").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_on_colab_a_lesson_first_installs_the_package(path):
     first = next(cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
     class Shell:

@@ -63,4 +63,4 @@ def test_an_empty_environment_is_enough(wheel, tmp_path):
     assert "demo" in run(python.with_name("probunlearn"), "--help", cwd=tmp_path)
     shutil.copy(ROOT/"nbs"/"tutorials"/"01_greedy_misleads.ipynb", tmp_path/"lesson.ipynb")
     run(python, "-m", "pip", "install", "-q", "-c", ROOT/"constraints.txt", "nbclient", "ipykernel")
-    assert "lesson.ipynb" in run(python, ROOT/"nbs"/"execute.py", tmp_path/"lesson.ipynb", cwd=tmp_path)
+    assert "lesson.ipynb" in run(python, ROOT/"tools"/"execute.py", tmp_path/"lesson.ipynb", cwd=tmp_path)

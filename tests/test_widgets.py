@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cells import HERE as NBS
+from cells import NBS
 from probunlearn.bounds import survival_bound
 from probunlearn.data import QA
 from probunlearn.draws import Decoding, draws_from_texts
