@@ -15,10 +15,11 @@ import torch
 
 # %% ../nbs/9_together/06_cli.ipynb #515c769b
 from .batches import processes
-from .bounds import check_alpha, leaked, rounded
+from .bounds import leaked, rounded
+from .checks import check_alpha, is_whole
 from .choices import LISTED, by_letter, by_text, letter_counts, lettered, right_letter
 from .data import Template, fictional_authors, load_qa
-from .draws import Decoding, is_whole
+from .draws import Decoding
 from .evaluation import evaluate, run_cost
 from .judges import PHRASE_SCORES
 from .loop import TrainConfig, finetune

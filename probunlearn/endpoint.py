@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 # %% ../nbs/5_models/07_endpoint.ipynb #6d77dfc9
 from .data import Template, check_unique
-from .draws import Decoding, draws_from_texts, fingerprint, is_whole, load_draws, save_draws
+from .draws import Decoding, draws_from_texts, fingerprint, load_draws, save_draws
+from .checks import is_whole
 
 # %% ../nbs/5_models/07_endpoint.ipynb #f8968131
 _OWN = dict(temperature="decoding", top_p="decoding", top_k="decoding", max_tokens="decoding", seed="seed", n="Endpoint(per_request=…)", model="Endpoint(model=…)", prompt="the template", messages="the template")  # field → what sets it

@@ -14,9 +14,10 @@ import time
 from tqdm import tqdm
 
 # %% ../nbs/9_together/02_evaluation.ipynb #8faef659
-from .bounds import binary_bound, check_alpha, leaked, rounded
+from .bounds import binary_bound, leaked, rounded
+from .checks import check_alpha, is_whole
 from .data import Template, check_unique
-from .draws import Decoding, fingerprint, first_draws, is_whole, join_draws
+from .draws import Decoding, fingerprint, first_draws, join_draws
 from .models import end_ids, lm_fingerprint
 from .planning import RunPlan
 from .reading import report_run

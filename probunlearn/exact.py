@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 # %% ../nbs/6_exact/02_exact.ipynb #aa58ac5f
-from .bounds import Bound, as_scores, check_choice, leaked, rounded
+from .bounds import Bound, as_scores, leaked, rounded
+from .checks import chosen, is_whole
 from .data import Template, encode
-from .draws import Decoding, is_whole
+from .draws import Decoding
 from .law import ONE, token_law
 from .models import answering
 from .plots import COLOURS, style
@@ -128,7 +129,7 @@ class Enumeration:
         side="two-sided",   # "two-sided", "upper" or "lower"
     ):                      # `Bound` with alpha = 0
         "Certain bounds from the answers found and the open mass, up to floating point."
-        check_choice("side", side, ["two-sided", "upper", "lower"])
+        chosen("side", side, ["two-sided", "upper", "lower"])
         low = min(float(self.p @ self.values(scores, leak_at)), 1.)
         ends = dict(lower=low, upper=min(low + self.open, 1.))
         value = np.array([ends["lower"], ends["upper"]]) if side == "two-sided" else ends[side]

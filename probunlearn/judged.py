@@ -8,7 +8,8 @@ __all__ = ['Calibration', 'calibrate', 'judged_bound', 'prediction_powered']
 # %% ../nbs/2_bounds/08_judged.ipynb #689789d9
 from dataclasses import astuple, dataclass
 import numpy as np
-from .bounds import Bound, as_scores, binary_bound, check_alpha, check_choice, check_counts, leaked, mean_bound
+from .bounds import Bound, as_scores, binary_bound, check_counts, leaked, mean_bound
+from .checks import check_alpha, chosen
 from .questions import pooled_rate
 
 # %% ../nbs/2_bounds/08_judged.ipynb #3b6ff53e
@@ -107,7 +108,7 @@ def judged_bound(
     share:float=0.9, # of alpha, for the draws; the judge's two rates get the rest
 )->Bound:
     "Bound on the true rate of harm, corrected for the judge's errors (Rogan and Gladen 1978; Clopper and Pearson 1934), if it errs at the labels' rates; ValueError on counts that don't fit."
-    check_alpha(alpha); check_choice("side", side, ["upper", "lower", "two-sided"]); check_choice("over", over, ["each", "jointly", "average"])
+    check_alpha(alpha); chosen("side", side, ["upper", "lower", "two-sided"]); chosen("over", over, ["each", "jointly", "average"])
     if not 0 < share < 1: raise ValueError(f"share must lie strictly between 0 and 1, got {share}")
     (flagged, n), (lost, _) = check_counts(flagged, n), check_counts(lost, n)
     check_counts(flagged + lost, n)
@@ -132,7 +133,7 @@ def prediction_powered(
     share:float=0.2, # of alpha, for the judged draws; the labelled ones, which are fewer, get the rest
 )->Bound:
     "Bound on the true mean from many verdicts and a few labels (after Angelopoulos et al. 2023); ValueError for unequal lengths or labels that don't fit the method."
-    check_alpha(alpha); check_choice("side", side, ["upper", "lower"]); check_choice("method", method, ["clopper-pearson", "betting"])
+    check_alpha(alpha); chosen("side", side, ["upper", "lower"]); chosen("method", method, ["clopper-pearson", "betting"])
     if not 0 < share < 1: raise ValueError(f"share must lie strictly between 0 and 1, got {share}")
     y, up = as_scores(truth)[0], side == "upper"
     f, there = (np.nan_to_num(as_scores(v, "worst")[0], nan=worst) for v, worst in ((said, up), (said_there, not up)))

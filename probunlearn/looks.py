@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 
 # %% ../nbs/2_bounds/09_looks.ipynb #84356cbe
-from .bounds import Bound, as_scores, check_alpha, leaked
+from .bounds import Bound, as_scores, leaked
+from .checks import check_alpha
 from .means import first_refuted, log_wealth
 from .sequential import MeanSequence, RateSequence, rate_evidence
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 import zlib
 import numpy as np
 from scipy import special
-from .bounds import Bound, check_alpha, check_choice
+from .bounds import Bound
+from .checks import check_alpha, chosen
 from .means import kl
 from .tofu import mean_loss
 
@@ -121,7 +122,7 @@ def auc_bound(
 )->Bound: # two-sided; its n is the size of the two samples
     "Interval for the AUC (kl: Hoeffding 1963, section 5; DeLong et al. 1988); both samples must be drawn at random, each record for itself."
     check_alpha(alpha)
-    check_choice("method", method, ["kl", "delong"])
+    chosen("method", method, ["kl", "delong"])
     x, y = _scores(members, "members"), _scores(others, "others")
     a, n = auc(x, y), min(len(x), len(y))
     top = lambda value: float(kl(np.full((1, n), value), alpha / 2)[0])

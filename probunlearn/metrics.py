@@ -11,7 +11,8 @@ from collections import Counter
 from dataclasses import replace
 import numpy as np
 from .bands import FLOORS, cdf_floor, mean_ceiling
-from .bounds import Bound, as_scores, binary_bound, check_alpha, check_choice, check_whole, ed_bound, leaked, mean_bound, std_bound, survival_bound
+from .bounds import Bound, as_scores, binary_bound, ed_bound, leaked, mean_bound, std_bound, survival_bound
+from .checks import check_alpha, chosen, whole
 from .questions import certified, pooled_mean, pooled_rate, population_mean, worst_question
 from .similarity import self_bleu, self_rouge
 
@@ -97,8 +98,8 @@ def leak_at_k_bound(
 )->Bound:
     "Upper bound on the expected worst score among k answers (Anderson 1969 on F^k; Clopper and Pearson 1934)."
     check_alpha(alpha)
-    check_choice("method", method, [*FLOORS, "clopper-pearson"])
-    check_whole("k", k)
+    chosen("method", method, [*FLOORS, "clopper-pearson"])
+    whole("k", k)
     table = np.nan_to_num(as_scores(x, missing), nan=1)
     n, what = table.shape[1], f"the expected worst score of {k} answers"
     if method != "clopper-pearson": value = mean_ceiling(np.sort(table, 1), cdf_floor(n, alpha, method), k)
@@ -125,8 +126,8 @@ def in_uses(
     uses:int, # how many answers will be drawn in deployment
 )->Bound:
     "The same claim about at least one leak in `uses` independent answers under the same decoding; ValueError unless it bounds a leak probability."
-    check_whole("uses", uses)
-    check_choice("the bound's quantity", bound.quantity, RATES)
+    whole("uses", uses)
+    chosen("the bound's quantity", bound.quantity, RATES)
     return replace(bound, value=extraction_curve(bound.value, uses), quantity=f"the chance of a leak in {uses:,} use{'s' * (uses > 1)}")
 
 # %% ../nbs/2_bounds/07_metrics.ipynb #3871048a

@@ -10,7 +10,8 @@ import warnings
 from dataclasses import dataclass
 import numpy as np
 from scipy import special
-from .bounds import binary_bound, check_alpha, check_whole, draws_needed, jointly, rounded
+from .bounds import binary_bound, draws_needed, jointly, rounded
+from .checks import check_alpha, whole
 from .questions import pooled_rate
 
 # %% ../nbs/2_bounds/06_planning.ipynb #f628e87e
@@ -21,7 +22,7 @@ def most_leaks(
 )->int: # -1 if not even 0 leaks are enough
     "Largest number of leaks among n draws that still certifies a leak probability below tau (Clopper and Pearson 1934); ValueError on bad input."
     check_alpha(alpha)
-    check_whole("n", n)
+    whole("n", n)
     if not 0 < tau < 1: raise ValueError(f"tau must lie strictly between 0 and 1, got {tau}")
     return int((special.bdtr(np.arange(n + 1), n, tau) <= alpha).sum()) - 1
 
@@ -47,7 +48,7 @@ class RunPlan:
     tau:float = 0.01 # leak probability to stay below
 
     def __post_init__(self):
-        check_whole("questions", self.questions)
+        whole("questions", self.questions)
         most_leaks(self.n, self.tau, self.alpha)                            # refuses bad n, tau and alpha
 
     def __str__(self):
@@ -95,7 +96,7 @@ def forecast_worst(
     seed:int=0, # for the tests on random tenths
 )->Forecast:
     "Forecast of the worst question among many, with a backtest, a warning if it fails or is exceeded, and ValueError for too few (Jones et al. 2025)."
-    check_whole("top", top, 5)
+    whole("top", top, 5)
     p = np.asarray(p, float)
     if p.ndim != 1 or len(p) < 10 * top or not ((p >= 0) & (p <= 1)).all(): raise ValueError(f"p must be at least {10 * top} probabilities, got shape {p.shape}")
     if (p > 0).sum() < 10 * top: raise ValueError(f"p must hold at least {10 * top} probabilities above 0, got {(p > 0).sum()}: a line through zeros forecasts nothing")

@@ -10,7 +10,8 @@ __all__ = ['worst_question', 'certified', 'pooled_rate', 'stratified_betting', '
 from dataclasses import replace
 import numpy as np
 from scipy import special
-from .bounds import Bound, as_scores, binary_bound, check_alpha, check_choice, check_counts, check_fixed, jointly, mean_bound
+from .bounds import Bound, as_scores, binary_bound, check_counts, check_fixed, jointly, mean_bound
+from .checks import check_alpha, chosen
 from .means import binomial_ceiling, first_refuted, kl, log_wealth
 
 # %% ../nbs/2_bounds/05_questions.ipynb #e7504fb2
@@ -79,8 +80,8 @@ def pooled_mean(
 )->Bound:
     "Bound on the average score over a fixed set of questions (stratified betting; kl: Hoeffding 1963, theorem 1)."
     check_alpha(alpha)
-    check_choice("side", side, ["upper", "lower", "two-sided"])
-    check_choice("method", method, ["betting", "kl"])
+    chosen("side", side, ["upper", "lower", "two-sided"])
+    chosen("method", method, ["betting", "kl"])
     table = as_scores(x, missing)
     upper = lambda rows, a: stratified_betting(rows, a) if method == "betting" else float(kl(rows.reshape(1, -1), a)[0])
     each = alpha / 2 if side == "two-sided" else alpha
@@ -115,8 +116,8 @@ def phrasings_bound(
 )->Bound: # its n is the number of phrasings when they are sampled, else of draws for each
     "Bound on the mean score over phrasings and draws, each phrasing counted alike (betting: Waudby-Smith and Ramdas 2024, on cluster means or in strata)."
     check_alpha(alpha)
-    check_choice("phrasings", phrasings, ["sampled", "listed"])
-    check_choice("side", side, ["upper", "lower", "two-sided"])
+    chosen("phrasings", phrasings, ["sampled", "listed"])
+    chosen("side", side, ["upper", "lower", "two-sided"])
     check_fixed(x)
     x = np.asarray(x, float)
     if x.ndim not in (2, 3): raise ValueError(f"x must have the axes (phrasing, draw) or (question, phrasing, draw), got shape {x.shape}")

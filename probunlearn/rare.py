@@ -8,9 +8,10 @@ __all__ = ['RestDraws', 'draw_rest', 'head_and_tail', 'weighted_bound', 'RareLea
 # %% ../nbs/6_exact/03_rare.ipynb #054c517d
 from dataclasses import dataclass, replace
 import numpy as np
-from .bounds import Bound, binary_bound, check_alpha, check_choice, mean_bound, rounded
+from .bounds import Bound, binary_bound, mean_bound, rounded
+from .checks import check_alpha, chosen, is_whole
 from .data import encode
-from .draws import Decoding, Draws, draws_from_tokens, is_whole
+from .draws import Decoding, Draws, draws_from_tokens
 from .exact import Enumeration, quantity, sequence_logprobs
 from .law import ONE, draw_streams, stream_numbers
 from .models import end_ids
@@ -86,7 +87,7 @@ def weighted_bound(
 ):                          # float, or (lower, upper); ValueError when a draw exceeds the cap, or there are fewer than 16
     "Bound on the mean of bounded weights (betting: Waudby-Smith and Ramdas 2024); the lower end cuts weights at a scale set by a pilot."
     x = np.asarray(x, float)
-    check_alpha(alpha); check_choice("side", side, ["upper", "lower", "two-sided"])
+    check_alpha(alpha); chosen("side", side, ["upper", "lower", "two-sided"])
     if not (x.ndim == 1 and len(x) >= 16): raise ValueError(f"a bound on weights needs at least 16 draws of one question, got shape {x.shape}")
     if not ((x >= 0) & (x <= cap * (1 + 1e-6))).all(): raise ValueError(f"weights must lie in [0, {cap:.4g}], the cap; got {x.min():.4g} to {x.max():.4g}")
     if side == "two-sided": return np.array([weighted_bound(x, cap, alpha / 2, end) for end in ("lower", "upper")])

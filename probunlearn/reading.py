@@ -11,7 +11,7 @@ import numpy as np
 
 # %% ../nbs/4_reports/06_reading.ipynb #4fc86c4e
 from .bounds import leaked
-from .draws import is_whole
+from .checks import is_whole
 from .questions import difference_bound
 from .report import Asked, Board, Report
 from .runs import Run, look, read_run

@@ -16,7 +16,7 @@ import numpy as np
 # %% ../nbs/4_reports/05_report.ipynb #35d01af1
 from .bounds import binary_bound, confidence, leaked
 from .data import check_unique
-from .draws import is_whole
+from .checks import is_whole
 from .looks import anytime_claims, anytime_leakage
 from .metrics import dataset_claims, diversity, leakage, seen_mass_bounds
 from .page import CSS, html_page, picture

@@ -18,7 +18,8 @@ import warnings
 
 # %% ../nbs/1_records/05_runs.ipynb #1f25cf7f
 from .data import QA, check_unique
-from .draws import fingerprint, first_draws, is_whole, load_draws, save_draws
+from .draws import fingerprint, first_draws, load_draws, save_draws
+from .checks import is_whole
 
 # %% ../nbs/1_records/05_runs.ipynb #7c07dff5
 @dataclass

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 # %% ../nbs/5_models/04_sampling.ipynb #ecc0debe
 from .data import Template, check_unique, encode_prompt
-from .draws import Decoding, draws_from_tokens, is_whole
+from .draws import Decoding, draws_from_tokens
+from .checks import is_whole
 from .law import draw_streams, pick_tokens, stream_numbers
 from .models import end_ids
 from .prefix import grow_rows, read_prompts

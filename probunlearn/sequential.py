@@ -10,7 +10,8 @@ __all__ = ['SHAPES', 'rate_evidence', 'rate_ends', 'RateSequence', 'anytime_stak
 from dataclasses import dataclass, replace
 import numpy as np
 from scipy import special
-from .bounds import Bound, StoppedScores, as_scores, check_alpha, check_choice, check_leak_at, check_whole, leaked, rounded
+from .bounds import Bound, StoppedScores, as_scores, leaked, rounded
+from .checks import check_alpha, check_leak_at, chosen, whole
 from .means import first_refuted, log_wealth, past_variance
 
 # %% ../nbs/2_bounds/04_sequential.ipynb #b89a15b1
@@ -62,7 +63,7 @@ class RateSequence:
         missing:str="error", # "worst": NaN counts as a leak in the upper end and as none in the lower one
     ):
         check_alpha(alpha)
-        check_choice("side", side, ["upper", "lower", "two-sided"])
+        chosen("side", side, ["upper", "lower", "two-sided"])
         self.alpha, self.side, self.low, self.high, self.decoding, self.missing = alpha, side, np.float64(0), np.float64(1), decoding, missing
         self.leaks, self.lost, self.n = 0, 0, 0
 
@@ -110,7 +111,7 @@ class MeanSequence:
         missing:str="error", # "worst": NaN counts as 1 in the upper end and as 0 in the lower one
     ):
         check_alpha(alpha)
-        check_choice("side", side, ["upper", "lower", "two-sided"])
+        chosen("side", side, ["upper", "lower", "two-sided"])
         self.alpha, self.side, self.x, self.low, self.high, self.decoding, self.missing = alpha, side, None, np.float64(0), np.float64(1), decoding, missing
 
     @property
@@ -194,8 +195,8 @@ def sample_until(
     batch:int=256, # draws per pull; 256 is the sampler's block
 )->tuple[Verdict, StoppedScores]: # the verdict and all scores pulled, which fixed-n bounds refuse
     "Pull draws until the claim is decided or the budget is spent; ValueError if a pull returns the wrong number."
-    check_whole("budget", budget)
-    check_whole("batch", batch)
+    whole("budget", budget)
+    whole("batch", batch)
     x = np.empty(0)
     while True:
         stop = min(len(x) + batch, budget)
@@ -248,7 +249,7 @@ def plan_looks(
 )->LookPlan:
     "Exact group-sequential plan for a rate (Lan and DeMets 1983, linear spending, on exact binomials); ValueError unless looks increase."
     plan = LookPlan(tuple(looks), (), Claim(tau, alpha, decoding=decoding))
-    for look in plan.looks: check_whole("a look", look)
+    for look in plan.looks: whole("a look", look)
     if not plan.looks or (np.diff(plan.looks) < 1).any(): raise ValueError(f"looks must be increasing, got {plan.looks}")
     for look in plan.looks:
         with_most = lambda most: replace(plan, allowed=(*plan.allowed, most))
@@ -264,8 +265,8 @@ def looked(
     models:int=1, # all models or checkpoints it was chosen from
 )->Bound:
     "The claim that is left after looking or choosing (union bound); ValueError when nothing is left, or for counts below 1."
-    check_whole("looks", looks)
-    check_whole("models", models)
+    whole("looks", looks)
+    whole("models", models)
     many = f"{looks:,} look{'s' * (looks > 1)} at {models:,} model{'s' * (models > 1)}"
     alpha = bound.alpha * looks * models
     if bound.sampling != "fixed-n": raise ValueError(f"only a fixed-n bound loses by looking, this one is {bound.sampling!r}")

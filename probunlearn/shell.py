@@ -99,7 +99,7 @@ class Plan:
 
     def run(self):
         from probunlearn.data import fictional_authors, load_qa
-        from probunlearn.draws import is_whole
+        from probunlearn.checks import is_whole
         from probunlearn.planning import RunPlan
         if self.model and not self.data: raise ValueError("the cost depends on the questions: add --data")
         if not (self.questions is None or is_whole(self.questions, 1)): raise ValueError(f"questions must be a whole number >= 1, got {self.questions!r}")

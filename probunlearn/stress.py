@@ -13,9 +13,10 @@ import tempfile
 import torch
 
 # %% ../nbs/9_together/03_stress.ipynb #7844ce41
-from .bounds import check_alpha, leaked, rounded
+from .bounds import leaked, rounded
+from .checks import check_alpha, is_whole
 from .data import QA, Template
-from .draws import Decoding, is_whole
+from .draws import Decoding
 from .evaluation import evaluate
 from .loop import TrainConfig, finetune
 from .models import load_lm, save_lm

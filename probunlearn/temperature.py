@@ -15,7 +15,8 @@ from tqdm import tqdm
 from transformers import LogitsProcessor
 
 # %% ../nbs/5_models/05_temperature.ipynb #71a06b5f
-from .bounds import check_alpha, confidence, leaked, rounded
+from .bounds import confidence, leaked, rounded
+from .checks import check_alpha
 from .data import Template
 from .draws import Decoding
 from .metrics import diversity

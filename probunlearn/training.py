@@ -23,7 +23,8 @@ from .batches import batch_stats, encode_all, processes, record_order
 from .bounds import leaked
 from .data import Template, encode_prompt
 from .draws import Decoding
-from .loop import History, TrainConfig, check_start, finetune, need, one_of, train_loop
+from .loop import History, TrainConfig, check_start, finetune, train_loop
+from .checks import chosen, need
 from .losses import (answer_mean, answer_sum, ce_u, control_vector, dpo, grad_ascent, i_dont_know, idk, kl_retain, mean_entropy, npo, rmu, satimp, simnpo,
                                 undial, wga)
 from .models import answering, is_sharded
@@ -105,10 +106,10 @@ class UnlearnConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        one_of(self, "method", METHODS)
-        one_of(self, "entropy_on", ENTROPY_ON)
-        one_of(self, "retain_loss", ("nll", "kl"))
-        one_of(self, "keep", ("last", "best"))
+        chosen("method", self.method, METHODS)
+        chosen("entropy_on", self.entropy_on, ENTROPY_ON)
+        chosen("retain_loss", self.retain_loss, ("nll", "kl"))
+        chosen("keep", self.keep, ("last", "best"))
         for name in ("beta", "beta2", "steering", "stop_retain"): need(self, name, "> 0", lambda v: v is None or v > 0)
         for name in ("lambda_f", "lambda_r", "retain_weight"): need(self, name, "a finite number", math.isfinite)
         for name in ("ramp", "leak_at", "utility_floor"): need(self, name, "a share in [0, 1]", lambda v: 0 <= v <= 1)

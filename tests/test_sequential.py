@@ -172,7 +172,7 @@ def test_looking_is_paid_for():
     assert "fixed-n" not in str(looked(bound, 3)) and "best of 3 looks at 1 model," in str(looked(bound, 3))
     assert looked(bound, models=2).sampling == "best of 1 look at 2 models; draw it again with a fresh seed for a fixed-n claim"
     for bad in dict(looks=0), dict(models=1.5), dict(looks=-2, models=-2):
-        with pytest.raises(ValueError, match="whole number of at least 1"): looked(bound, **bad)
+        with pytest.raises(ValueError, match="whole number >= 1"): looked(bound, **bad)
     with pytest.raises(ValueError, match="fresh seed"): looked(bound, 100)
     with pytest.raises(ValueError, match="anytime"): looked(RateSequence().add(np.zeros(5)).bound, 2)
 
