@@ -270,7 +270,7 @@ calls = {
     "above 0, got 0": lambda: ed_bound(x, k=0), "between 0 and 1, got 2": lambda: draws_needed(2), "got 'mode'": lambda: conbo_alpha(.1, "mode"),
     "got [0.1 0.2]": lambda: mean_bound(x, np.array([.1, .2])), "real numbers": lambda: mean_bound([.1, .2j]), "at must hold finite thresholds, got nan": lambda: survival_bound(x, np.nan),
     "leak_at must lie in (0, 1], got 100": lambda: leaked(x, 100), "(0, 1], got 0": lambda: leaked(x, 0), "(0, 1], got nan": lambda: leaked(x, np.nan),
-    "leaks must be a whole number of at least 0, got -1": lambda: draws_needed(.1, leaks=-1), "at least 0, got 0.5": lambda: draws_needed(.1, leaks=.5), "got none": lambda: binary_bound([], 5),
+    "leaks must be a whole number >= 0, got -1": lambda: draws_needed(.1, leaks=-1), "at least 0, got 0.5": lambda: draws_needed(.1, leaks=.5), "got none": lambda: binary_bound([], 5),
     "got shape (0,)": lambda: jointly(mean_bound, []), "got shape ()": lambda: jointly(binary_bound, 3, n=5), "n was not fixed": lambda: mean_bound(x.view(StoppedScores)),
     "'error' or 'worst'": lambda: mean_bound(x, missing="drop"), "needs every score": lambda: std_bound([.1, np.nan], side="lower", missing="worst"),
 }

@@ -300,7 +300,7 @@ def test_bad_records_are_refused(qas, match):
     untouched(lambda lm, tok: unlearn(lm, tok, FORGET[:4], qas, quick_unlearn()), ValueError, match)
 
 
-@pytest.mark.parametrize("how,match", [(dict(method="forget"), "method must be one of 'grad_ascent', 'grad_diff', 'wga'"), (dict(entropy_on="prompt"), "unknown entropy_on 'prompt'; allowed are answer, all, own, draws"),
+@pytest.mark.parametrize("how,match", [(dict(method="forget"), "method must be one of 'grad_ascent', 'grad_diff', 'wga'"), (dict(entropy_on="prompt"), "entropy_on must be one of 'answer', 'all', 'own', 'draws'"),
                                        (dict(beta=0), "beta must be > 0, got 0"), (dict(beta=float("nan")), "beta must be > 0, got nan"), (dict(lr=0), "lr must be > 0, got 0"), (dict(lr=-1.), "lr must be > 0, got -1.0"),
                                        (dict(batch_size=0), "batch_size must be a whole number >= 1"), (dict(accumulate=0), "accumulate must be a whole number >= 1"), (dict(epochs=0), "epochs must be > 0"), (dict(steps=0), "steps must be a whole number >= 1"),
                                        (dict(warmup=1.5), r"warmup must be a share in \[0, 1\], got 1.5")])

@@ -1,0 +1,112 @@
+"""The house rules that a number can say: widths of lines, sizes of functions, how many doors there are. `python tests/test_house.py MODULE …` prints them."""
+import ast
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/"tools"))
+from cells import NBS, notebooks, code_cells      # noqa: E402
+
+LIBRARY = sorted(p for p in (ROOT/"probunlearn").glob("*.py") if p.name != "_modidx.py")
+
+
+def wide(texts, limit):
+    "The non-blank lines of some texts, and those above a width."
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    return len(lines), [line for line in lines if len(line) > limit]
+
+
+def sizes(paths):
+    "The lines of each function and method."
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): yield node.end_lineno - node.lineno + 1, f"{path.stem}.{node.name}"
+
+
+def body_sizes(paths):
+    "The lines of each function's body: what stands behind its signature."
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): yield node.end_lineno - node.body[0].lineno + 1, f"{path.stem}.{node.name}"
+
+
+def percentile(values, share):
+    "The value that `share` of the values don't exceed."
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def export_cells(paths):
+    "(lines, notebook, first line) of each cell that exports."
+    for path in paths:
+        for cell in code_cells(path):
+            if {"export", "exports", "exporti"} & (cell.directives_ or {}).keys():
+                lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]
+                if lines: yield len(lines), path.stem, lines[0]
+
+
+def lesson_code():
+    "The visible code of each lesson."
+    for path in sorted((NBS/"tutorials").glob("*.ipynb")):
+        for cell in code_cells(path):
+            if "hide" not in (cell.directives_ or {}): yield path.stem, cell.source
+
+
+def public():
+    "Module → its public names."
+    found = {}
+    for path in LIBRARY:
+        match = re.search(r"^__all__ = (\[.*?\])", path.read_text(encoding="utf-8"), re.M | re.S)
+        if match: found[path.stem] = ast.literal_eval(match[1])
+    return found
+
+
+def test_lines_of_the_library_can_be_read():
+    total, over = wide([p.read_text(encoding="utf-8") for p in LIBRARY], 120)
+    assert len(over) <= .02 * total, f"{len(over)} of {total} lines are wider than 120 characters"
+    assert not wide(over, 140)[1]
+
+
+def test_lines_of_tests_and_scripts_can_be_read():
+    files = [*ROOT.glob("tests/*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]
+    total, over = wide([p.read_text(encoding="utf-8") for p in files], 120)
+    assert len(over) <= .02 * total, f"{len(over)} of {total} lines are wider than 120 characters"
+    assert not wide(over, 140)[1]
+
+
+def test_visible_code_of_lessons_fits():
+    assert [(name, line) for name, source in lesson_code() for line in wide([source], 100)[1]] == []
+
+
+def test_functions_are_short():
+    lines = [n for n, _ in body_sizes(LIBRARY)]
+    assert statistics.median(lines) <= 8 and percentile(lines, .9) <= 20
+
+
+def test_there_are_few_doors():
+    assert sum(map(len, public().values())) <= 260
+
+
+def test_cells_that_export_fit_on_a_screen():
+    assert [cell for cell in export_cells(notebooks()) if cell[0] > 60] == []
+
+
+def main(modules):
+    paths = [p for p in LIBRARY if not modules or p.stem in modules]
+    texts = [p.read_text(encoding="utf-8") for p in paths]
+    total, over = wide(texts, 120)
+    lines, whole = [n for n, _ in body_sizes(paths)], [n for n, _ in sizes(paths)]
+    print(f"lines {total}, over 120: {len(over)} ({len(over) / total:.1%}), over 140: {len(wide(over, 140)[1])}")
+    print(f"functions {len(lines)}: body median {statistics.median(lines)}, p90 {percentile(lines, .9)}; with signature median {statistics.median(whole)}, p90 {percentile(whole, .9)}")
+    print("largest bodies:", *sorted(body_sizes(paths), reverse=True)[:6])
+    homes = {re.search(r"default_exp (\w+)", "".join(c.source for c in code_cells(p)))[1]: p for p in notebooks() if p.parent.name[0].isdigit()}
+    cells = sorted(export_cells([p for name, p in homes.items() if not modules or name in modules]), reverse=True)
+    print(f"export cells {len(cells)}, over 20 lines: {sum(n > 20 for n, *_ in cells)}; largest:", *cells[:6])
+    names = {module: found for module, found in public().items() if not modules or module in modules}
+    print(f"public names: {sum(map(len, names.values()))}", *(f"\n  {module} ({len(found)}): {' '.join(found)}" for module, found in names.items()))
+    if not modules:
+        print("lesson lines over 100:", len(wide([s for _, s in lesson_code()], 100)[1]))
+
+
+if __name__ == "__main__": main(sys.argv[1:])
