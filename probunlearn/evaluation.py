@@ -16,12 +16,12 @@ from .bounds import binary_bound, leaked, rounded
 from .checks import check_alpha, check_leak_at, checked_shard, whole
 from .data import check_unique
 from .draws import Decoding
-from .models import LocalModel, as_model
+from .models import LocalModel
 from .planning import RunPlan
 from .reading import report_run
 from .report import Report
 from .runs import clear_leftovers, look, open_run
-from .sampling import BLOCK, encode_prompts
+from .sampling import BLOCK, encode_prompts, takes_model
 from .scores import check_score, score_answers, score_name
 
 # %% ../nbs/9_together/02_evaluation.ipynb #7eda29d8
@@ -60,6 +60,7 @@ def _timed(work):
     return work(), time.perf_counter() - start
 
 # %% ../nbs/9_together/02_evaluation.ipynb #2b1657fd
+@takes_model
 def run_cost(
     model: LocalModel,
     qas: list,                          # the questions
@@ -153,7 +154,6 @@ def _share(shard, out):
 
 def _check(model, qas, retain, *, score, leak_at, alpha, decoding):
     "Everything that can be known to be wrong before any work."
-    as_model(model, "evaluate(model, qas, …)")
     for group in (qas, retain) if retain else (qas,): check_unique(group)
     check_alpha(alpha)
     check_leak_at(leak_at)
@@ -180,6 +180,7 @@ def _unfinished(run, groups, shard):
     return True
 
 # %% ../nbs/9_together/02_evaluation.ipynb #75b6629b
+@takes_model
 def evaluate(
     model,                              # whoever answers: `LocalModel`, `Endpoint`, or an object with the names of `Model`
     qas: list,                          # what must not be known

@@ -220,16 +220,7 @@ def shard(
     "Spread the weights over all processes of a `torchrun`, layer by layer (FSDP2)."
     return model.replace(lm=sharded(model.lm))
 
-# %% ../nbs/5_models/06_models.ipynb #0509b26f
-def as_model(
-    model,              # what somebody passed as a model
-    call: str,          # the call as it should be, from its name on: "evaluate(model, qas, …)"
-) -> None:              # TypeError unless it can be asked
-    "Can it be asked?"
-    if callable(getattr(model, "draw", None)) and callable(getattr(model, "greedy", None)): return
-    raise TypeError(f"{call} takes one model to ask, got {type(model).__name__}: put weights and tokenizer together, "
-                    "model = LocalModel(lm, tok), or load both, model = load_model(folder)")
-
+# %% ../nbs/5_models/06_models.ipynb #e23877a0
 _RENAMED = dict(load_lm="load_model(folder)", small_lm='small_model("full")', save_lm="model.save(folder)")
 
 def __getattr__(name):

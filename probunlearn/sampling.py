@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/5_models/04_sampling.ipynb #7468521e
 from dataclasses import replace
+from functools import wraps
 import math
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -19,6 +20,17 @@ from probunlearn.draws import Decoding, draws_from_tokens, prompt_words
 from probunlearn.law import draw_streams, pick_tokens, stream_numbers
 from probunlearn.prefix import grow_rows, read_prompts
 from probunlearn.weights import end_ids
+
+# %% ../nbs/5_models/04_sampling.ipynb #7943c35a
+def takes_model(function):
+    "Decorator for what asks a model: TypeError for anything that can't be asked."
+    @wraps(function)
+    def checked(model, *args, **options):
+        if not callable(getattr(model, "draw", None)):
+            raise TypeError(f"{function.__name__}(model, …) takes one model to ask, got {type(model).__name__}: put weights "
+                            "and tokenizer together, model = LocalModel(lm, tok), or load both, model = load_model(folder)")
+        return function(model, *args, **options)
+    return checked
 
 # %% ../nbs/5_models/04_sampling.ipynb #a3e46f0f
 def _slots(parent):

@@ -21,6 +21,7 @@ from .draws import Decoding
 from .metrics import diversity
 from .plots import COLOURS, style
 from .questions import pooled_rate
+from .sampling import takes_model
 from .scores import check_score, score_draws, score_name
 
 # %% ../nbs/5_models/05_temperature.ipynb #ad877ed4
@@ -135,6 +136,7 @@ def _setting(model, forget, retain, decoding, seed, *, n, n_retain, score, leak_
                 retain=score_draws(r, retain, score).mean(), retain_distinct=retain_distinct, retain_entropy=retain_entropy)
 
 # %% ../nbs/5_models/05_temperature.ipynb #12466724
+@takes_model
 def sweep(
     model,                              # `LocalModel`; its own rule doesn't matter
     forget: list,                       # what must not be known

@@ -13,7 +13,6 @@ from probunlearn.draws import Decoding
 from probunlearn.evaluation import evaluate
 from probunlearn.models import small_model
 from probunlearn.reading import report_run
-from probunlearn.training import UnlearnConfig, unlearn
 
 BEFORE = Path(__file__).parent/"before"
 VALUES = json.loads((BEFORE/"values.json").read_text())
@@ -33,6 +32,7 @@ def test_the_same_seed_gives_the_same_draws():
 
 
 def test_an_npo_run_ends_with_the_same_weights():
+    from probunlearn.training import UnlearnConfig, unlearn
     kept, model = VALUES["npo"], small_model("full", device="cpu", dtype=torch.float64)
     config = UnlearnConfig(method="npo", beta=8, retain_weight=3, lr=1e-4, steps=6, batch_size=4, lambda_f=1,
                            lambda_r=-.25, entropy_on="own", seed=3)
