@@ -83,11 +83,12 @@ def test_sampled_phrasings_are_covered_and_the_naive_bound_is_not():
 
 def test_pooled_and_listed_phrasings_are_covered():
     rng, runs = np.random.default_rng(2), 400
-    rates = rng.choice([0, .02, .3, .9], (5, 6, 1), p=[.5, .3, .1, .1])     # fixed: 5 questions, 6 listed phrasings each
+    rates = rng.choice([0, .02, .3, .9], (5, 6, 1), p=[.5, .3, .1, .1])     # fixed: 5 questions, 6 phrasings each
     misses = np.zeros(2)
     for _ in range(runs):
         x = (rng.random((5, 6, 30)) < rates) * 1.0
-        pooled, one = phrasings_bound(x, "listed", alpha=ALPHA, pooled=True), phrasings_bound(x[0], "listed", alpha=ALPHA)
+        pooled = phrasings_bound(x, "listed", alpha=ALPHA, pooled=True)
+        one = phrasings_bound(x[0], "listed", alpha=ALPHA)
         misses += [float(pooled) < rates.mean(), one.value < rates[0].mean()]
     assert (misses / runs <= allowed(ALPHA, runs)).all()
     wrong = 0
