@@ -185,9 +185,9 @@ def _check_latin(score, qas):
     "ValueError for ROUGE asked of answers in which it sees no word."
     mute = [qa.id for qa in qas if not stems(qa.answer)]
     if mute:
-        raise ValueError(f"score {score!r} knows words of Latin letters and digits only, and would be 0 for "
-                         f"whatever is said: the answers of {len(mute)} of {len(qas)} records have none ({', '.join(mute[:5])}). "
-                         "Use key words or exact_match")
+        raise ValueError(f"score {score!r} knows words of Latin letters and digits only, and would be 0 for whatever "
+                         f"is said: the answers of {len(mute)} of {len(qas)} records have none "
+                         f"({', '.join(mute[:5])}). Use key words or exact_match")
 
 def check_score(
     score: str | Callable,      # a name in `SCORES`, or a function (answer, qa) -> float
