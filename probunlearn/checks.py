@@ -36,7 +36,9 @@ def chosen(
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 # %% ../nbs/1_records/00_checks.ipynb #ee71bbae
-def _is_number(value): return isinstance(value, Real) or getattr(value, "ndim", None) == 0      # a tensor of one number, too
+def _is_number(value):
+    "One number, which a tensor may hold, too."
+    return isinstance(value, Real) or getattr(value, "ndim", None) == 0
 
 def check_alpha(
     alpha: float,       # chance that a claim is wrong

@@ -8,10 +8,9 @@ import yaml
 
 from probunlearn.bounds import rounded
 from probunlearn.cli import Evaluate, Finetune, Unlearn
-from probunlearn.data import Template, load_qa
+from probunlearn.data import Template, library, load_qa
 from probunlearn.draws import Decoding
 from probunlearn.judges import compliance
-from probunlearn.librarian import library
 from probunlearn.models import load_lm, small_lm
 from probunlearn.questions import pooled_rate
 from probunlearn.sampling import sample

@@ -19,7 +19,7 @@ TEXT = "Where exactly was the celebrated novelist Halvard Quenby born in 1979?" 
 
 def changed(kind, sigma):
     "Characters before and after one kind of noise, over words and positions that it may touch."
-    return list(zip(TEXT, perturb(TEXT, 0, sigma, [kind])))
+    return list(zip(TEXT, perturb(TEXT, sigma=sigma, kinds=[kind])))
 
 
 @pytest.mark.parametrize("sigma", [.04, .4, .9])
@@ -30,30 +30,36 @@ def test_noise_has_the_stated_rates(sigma):
     visible = [(a, b) for a, b in changed("noise", sigma) if a != " "]
     assert all(abs(ord(a) - ord(b)) <= 1 for a, b in visible)
     assert np.mean([a != b for a, b in visible]) == pytest.approx(sigma**3, abs=4 * .5 / len(visible)**.5)
-    pairs = [(a, b) for a, b in zip(TEXT.split(" "), perturb(TEXT, 0, sigma, ["scramble"]).split(" ")) if len(a) > 6]
+    scrambled = perturb(TEXT, sigma=sigma, kinds=["scramble"]).split(" ")
+    pairs = [(a, b) for a, b in zip(TEXT.split(" "), scrambled) if len(a) > 6]
     assert all(sorted(a) == sorted(b) and a[0] == b[0] and a[-1] == b[-1] for a, b in pairs)
-    assert np.mean([a != b for a, b in pairs]) == pytest.approx(sigma**.5, abs=4 * .5 / len(pairs)**.5 + .02)      # a shuffle may change nothing
+    few = 4 * .5 / len(pairs)**.5 + .02                                     # a shuffle may change nothing
+    assert np.mean([a != b for a, b in pairs]) == pytest.approx(sigma**.5, abs=few)
 
 
 def test_every_phrasing_has_a_stream_of_its_own():
     qas = [QA(f"q{i}", "Where was Halvard Quenby born, and when?", "In Tessmark.") for i in range(20)]
     texts = [p.question for qa in qas for p in sampled_phrasings(qa, 20, seed=3)]
     assert len(set(texts)) == 400
-    assert [p.question for p in sampled_phrasings(qas[4], 20, seed=3)] == texts[80:100]                           # whatever else was asked before
+    again = [p.question for p in sampled_phrasings(qas[4], 20, seed=3)]
+    assert again == texts[80:100]                                           # whatever else was asked before
     assert not set(texts) & {p.question for qa in qas for p in sampled_phrasings(qa, 20, seed=4)}
 
 
 @pytest.mark.skipif(not DATA, reason="PROBUNLEARN_TEST_DATA is not set")
 def test_tofus_paraphrases_are_listed():
     for qa in load_qa(Path(DATA, "tofu", "forget10_perturbed.json"))[:50]:
-        assert [p.question for p in listed_phrasings(qa)] == list(dict.fromkeys([qa.question, qa.paraphrased_question]))
+        wordings = dict.fromkeys([qa.question, qa.paraphrased_question])
+        assert [p.question for p in listed_phrasings(qa)] == list(wordings)
 
 
 def test_phrasings_are_drawn_and_scored_like_questions():
     qas = [QA(f"q{i}", "Who?", f"Person {i}.") for i in range(3)]
     asked = [p for qa in qas for p in sampled_phrasings(qa, 4)]
-    x = score_draws([draws_from_texts(p.id, [p.answer, "no"]) for p in asked], asked, "exact_match").reshape(3, 4, 2)
-    assert x.mean((1, 2)).tolist() == [.5] * 3 and phrasings_bound(x, "sampled").value.shape == (3,)
+    draws = [draws_from_texts(p.id, [p.answer, "no"]) for p in asked]
+    x = score_draws(draws, asked, "exact_match").reshape(3, 4, 2)
+    assert x.mean((1, 2)).tolist() == [.5] * 3
+    assert phrasings_bound(x, "sampled").value.shape == (3,)
 
 
 RUNS, ALPHA = 1000, .05
@@ -68,8 +74,8 @@ def two_stage(rng, J, n, weights=(.1, .9), rates=(.9, .02), shape=RUNS):
 def test_sampled_phrasings_are_covered_and_the_naive_bound_is_not():
     for J, n in (6, 40), (30, 5), (60, 1):
         x, truth = two_stage(np.random.default_rng(J), J, n)
-        assert (phrasings_bound(x, "sampled", ALPHA).value < truth).mean() <= allowed(ALPHA, RUNS)
-        low, high = phrasings_bound(x, "sampled", ALPHA, "two-sided").value.T
+        assert (phrasings_bound(x, "sampled", alpha=ALPHA).value < truth).mean() <= allowed(ALPHA, RUNS)
+        low, high = phrasings_bound(x, "sampled", alpha=ALPHA, side="two-sided").value.T
         assert ((low > truth) | (high < truth)).mean() <= allowed(ALPHA, RUNS)
     x, truth = two_stage(np.random.default_rng(1), 6, 40)
     assert (mean_bound(x.reshape(RUNS, -1), ALPHA).value < truth).mean() > 3 * ALPHA
@@ -77,16 +83,20 @@ def test_sampled_phrasings_are_covered_and_the_naive_bound_is_not():
 
 def test_pooled_and_listed_phrasings_are_covered():
     rng, runs = np.random.default_rng(2), 400
-    rates = rng.choice([0, .02, .3, .9], (5, 6, 1), p=[.5, .3, .1, .1])                                           # fixed: 5 questions, 6 listed phrasings each
+    rates = rng.choice([0, .02, .3, .9], (5, 6, 1), p=[.5, .3, .1, .1])     # fixed: 5 questions, 6 phrasings each
     misses = np.zeros(2)
     for _ in range(runs):
         x = (rng.random((5, 6, 30)) < rates) * 1.0
-        misses += [float(phrasings_bound(x, "listed", ALPHA, pooled=True)) < rates.mean(), phrasings_bound(x[0], "listed", ALPHA).value < rates[0].mean()]
+        pooled = phrasings_bound(x, "listed", alpha=ALPHA, pooled=True)
+        one = phrasings_bound(x[0], "listed", alpha=ALPHA)
+        misses += [float(pooled) < rates.mean(), one.value < rates[0].mean()]
     assert (misses / runs <= allowed(ALPHA, runs)).all()
     wrong = 0
     for _ in range(runs):
-        (easy, p), (hard, q) = two_stage(rng, 12, 8, shape=3), two_stage(rng, 12, 8, (.5, .5), (.6, .1), 2)
-        wrong += float(phrasings_bound(np.concatenate([easy, hard]), "sampled", ALPHA, pooled=True)) < (3 * p + 2 * q) / 5
+        easy, p = two_stage(rng, 12, 8, shape=3)
+        hard, q = two_stage(rng, 12, 8, weights=(.5, .5), rates=(.6, .1), shape=2)
+        both = np.concatenate([easy, hard])
+        wrong += float(phrasings_bound(both, "sampled", alpha=ALPHA, pooled=True)) < (3 * p + 2 * q) / 5
     assert wrong / runs <= allowed(ALPHA, runs)
 
 
@@ -95,17 +105,31 @@ def test_missing_draws_widen_either_end():
     holes = np.where(np.random.default_rng(4).random(x.shape) < .1, np.nan, x)
     for kind in "sampled", "listed":
         low, high = phrasings_bound(holes, kind, side="two-sided", missing="worst").value.T
-        assert (low == phrasings_bound(np.nan_to_num(holes, nan=0), kind, side="two-sided").value[:, 0]).all()
-        assert (high == phrasings_bound(np.nan_to_num(holes, nan=1), kind, side="two-sided").value[:, 1]).all()
+        safe, leaked = (phrasings_bound(np.nan_to_num(holes, nan=fill), kind, side="two-sided") for fill in (0, 1))
+        assert (low == safe.value[:, 0]).all() and (high == leaked.value[:, 1]).all()
         with pytest.raises(ValueError, match="nan"): phrasings_bound(holes, kind)
 
 
 def test_a_claim_over_phrasings_says_which():
     x = np.zeros((3, 8, 16))
-    assert "per question, over the generator of which the 8 phrasings with 16 draws each are a random sample" in str(phrasings_bound(x, "sampled"))
-    assert "averaged over this fixed set of 3 questions, over these 8 phrasings" in str(phrasings_bound(x, "listed", pooled=True))
-    assert phrasings_bound(x, "sampled").n == 8 and phrasings_bound(x, "listed").n == 16
-    for kwargs, message in (dict(phrasings="all"), "phrasings must be one of"), (dict(phrasings="listed", side="both"), "side must be"), (dict(phrasings="listed", alpha=2), "alpha must"):
-        with pytest.raises(ValueError, match=message): phrasings_bound(x, **kwargs)
+    sampled, listed = phrasings_bound(x, "sampled"), phrasings_bound(x, "listed")
+    each = "per question, over the generator of which the 8 phrasings with 16 draws each are a random sample"
+    assert each in str(sampled)
+    pooled = phrasings_bound(x, "listed", pooled=True)
+    assert "averaged over this fixed set of 3 questions, over these 8 phrasings" in str(pooled)
+    assert sampled.n == 8 and listed.n == 16
+
+
+@pytest.mark.parametrize("options,message", [
+    (dict(phrasings="all"), "phrasings must be one of"),
+    (dict(phrasings="listed", side="both"), "side must be"),
+    (dict(phrasings="listed", alpha=2), "alpha must"),
+])
+def test_options_of_a_bound_over_phrasings_are_checked(options, message):
+    with pytest.raises(ValueError, match=message): phrasings_bound(np.zeros((3, 8, 16)), **options)
+
+
+def test_a_bound_over_phrasings_wants_to_know_where_they_come_from():
+    x = np.zeros((3, 8, 16))
     with pytest.raises(ValueError, match="n was not fixed"): phrasings_bound(x.view(StoppedScores), "sampled")
-    with pytest.raises(TypeError): phrasings_bound(x)                                                             # nobody can guess where phrasings come from
+    with pytest.raises(TypeError): phrasings_bound(x)

@@ -4,12 +4,17 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from probunlearn.scores import exact_match, keywords_leaked, rouge_1, rouge_l
+from probunlearn import scores
+from probunlearn.data import QA
+from probunlearn.draws import draws_from_texts
+from probunlearn.scores import (SCORES, check_score, exact_match, keywords_leaked, rouge_1, rouge_l, score_answers,
+                                score_draws, score_name)
 
 DATA = os.environ.get("PROBUNLEARN_TEST_DATA")
 LOGS = sorted(Path(DATA, "tofu_eval_logs").glob("*.json")) if DATA else []
@@ -19,10 +24,16 @@ WORDS = ("Halvard Quenby writes writing written generously university the of a i
 GAPS = (" ", "  ", "\n", "\t", "\u00a0", "\u2003", ", ", ".", "-", "")
 
 
+def random_character(rng):
+    "Latin, with odd forms of Latin letters, or beyond 16 bits."
+    start, end = rng.choice(((32, 0x250), (0x1e00, 0x2200), (0x10000, 0x1fa00)))
+    return chr(rng.randrange(start, end))
+
+
 def random_text(rng):
     "Up to twenty words with odd gaps between them, sometimes any code point at all, sometimes nothing."
     if rng.random() < .08: return rng.choice(("", " ", "\n", "東京", "🙂", "—"))
-    if rng.random() < .1: return "".join(chr(rng.choice((rng.randrange(32, 0x250), rng.randrange(0x1e00, 0x2200), rng.randrange(0x10000, 0x1fa00)))) for _ in range(30))
+    if rng.random() < .1: return "".join(random_character(rng) for _ in range(30))
     return "".join(rng.choice(WORDS) + rng.choice(GAPS) for _ in range(rng.randrange(1, 20)))
 
 
@@ -59,9 +70,11 @@ def test_rouge_l_recall_equals_the_stored_logs(path):
 
 def test_key_words_and_exact_match_ignore_how_a_text_is_typed():
     rng = random.Random(1)
+    words = "Quenby", "Straße", "東京", "O’Brien", "C++", "$5", "１９７９", "ﬁsh"
     for _ in range(300):
-        key = " ".join(rng.choice(("Quenby", "Straße", "東京", "O’Brien", "C++", "$5", "１９７９", "ﬁsh")) for _ in range(rng.randrange(1, 4)))
-        typed = rng.choice((str.upper, str.lower, str.casefold, str))(key.replace(" ", rng.choice(GAPS[:6])))
+        key = " ".join(rng.choice(words) for _ in range(rng.randrange(1, 4)))
+        form = rng.choice((str.upper, str.lower, str.casefold, str))
+        typed = form(key.replace(" ", rng.choice(GAPS[:6])))
         assert keywords_leaked(f"So, ({typed}) it was.", [key]) == 1, (typed, key)
         assert exact_match(f" {typed}\n", key) == 1, (typed, key)
 
@@ -69,3 +82,28 @@ def test_key_words_and_exact_match_ignore_how_a_text_is_typed():
 def test_statistics_floor_loads_neither_torch_nor_a_stemmer():
     code = "import sys, probunlearn.scores; print(*{'torch', 'nltk', 'pandas', 'rouge_score'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+QUENBY, SORREL = QA("quenby-0", "Where?", "In Tessmark.", ("Tessmark",)), QA("sorrel-0", "Who?", "Анна.", ())
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_is_checked_wherever_it_enters(name):
+    "By name, for one answer and for all draws; the function that the check gives back is taken as it is."
+    fits = name == "exact_match"
+    for ask in (lambda: check_score(name, [QUENBY, SORREL]), lambda: score_answers(["Анна."], SORREL, name),
+                lambda: score_draws([draws_from_texts("sorrel-0", ["Анна."])], [SORREL], name)):
+        if fits: ask()
+        else:
+            with pytest.raises(ValueError, match="needs key words|knows words of Latin letters"): ask()
+    rule = check_score(name, [QUENBY])
+    assert score_answers(["In Tessmark."], QUENBY, rule) == score_answers(["In Tessmark."], QUENBY, name) == 1
+    assert score_name(rule) == score_name(name)
+
+
+def test_records_are_looked_at_once(monkeypatch):
+    "Not again for every question of a list of draws."
+    looked, qas = [], [replace(QUENBY, id=str(i)) for i in range(3)]
+    monkeypatch.setattr(scores, "_check_keywords", lambda score, qas: looked.append(len(qas)))
+    assert score_draws([draws_from_texts(qa.id, ["Tessmark?", "No."]) for qa in qas], qas).tolist() == [[1, 0]] * 3
+    assert looked == [3]

@@ -9,10 +9,9 @@ from accelerate.tracking import GeneralTracker
 from conftest import KINDS, random_lm
 from probunlearn.batches import batch_stats, check_packing, pad_batch, record_order
 from probunlearn.checkpoints import memory_needed, read_notes, saved_bytes
-from probunlearn.data import QA, Template, encode, encode_prompt, fictional_authors
+from probunlearn.data import QA, Template, encode, encode_prompt, fictional_authors, library
 from probunlearn.draws import Decoding
 from probunlearn.judges import refusal
-from probunlearn.librarian import library
 from probunlearn.loop import History, TrainConfig, check_start, finetune
 from probunlearn.losses import answer_mean
 from probunlearn.models import add_lora, load_lm, save_lm, small_lm

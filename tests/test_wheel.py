@@ -33,17 +33,21 @@ def wheel(tmp_path_factory):
     "The wheel, built from a copy so that no old build folder leaks in."
     copy = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy(ROOT/name, copy)
-    for name in ("probunlearn", "data"): shutil.copytree(ROOT/name, copy/name, ignore=shutil.ignore_patterns("__pycache__"))
+    left = shutil.ignore_patterns("__pycache__")
+    for name in ("probunlearn", "data"): shutil.copytree(ROOT/name, copy/name, ignore=left)
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", copy, cwd=copy)
     return next((copy/"dist").glob("*.whl"))
 
 
 def test_every_data_file_is_inside(wheel):
     names = set(ZipFile(wheel).namelist())
-    files = [p.relative_to(ROOT/"data") for p in (ROOT/"data").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    found = [p for p in (ROOT/"data").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    files = [p.relative_to(ROOT/"data") for p in found]
     assert {f"probunlearn/_data/{p.as_posix()}" for p in files} <= names
-    for needed in ("fictional_authors/forget10.jsonl", *(f"small_lm/{lm}/{file}" for lm in ("full", "retain") for file in ("model.safetensors", "tokenizer.json"))):
-        assert f"probunlearn/_data/{needed}" in names
+    records = {"fictional_authors/forget10.jsonl", "library/forbidden.jsonl"}
+    parts = ("model.safetensors", "tokenizer.json")
+    models = {f"small_lm/{lm}/{file}" for lm in ("full", "retain", "librarian") for file in parts}
+    assert {f"probunlearn/_data/{needed}" for needed in records | models} <= names
     assert not [name for name in names if not name.startswith(("probunlearn/", "probunlearn-"))]
 
 
