@@ -100,7 +100,7 @@ def main(modules):
     print(f"lines {total}, over 120: {len(over)} ({len(over) / total:.1%}), over 140: {len(wide(over, 140)[1])}")
     print(f"functions {len(lines)}: body median {statistics.median(lines)}, p90 {percentile(lines, .9)}; with signature median {statistics.median(whole)}, p90 {percentile(whole, .9)}")
     print("largest bodies:", *sorted(body_sizes(paths), reverse=True)[:6])
-    homes = {re.search(r"default_exp (\w+)", "".join(c.source for c in code_cells(p)))[1]: p for p in notebooks() if p.parent.name[0].isdigit()}
+    homes = {re.search(r"default_exp (\w+)", "\n".join(c.source for c in code_cells(p)))[1]: p for p in notebooks() if p.parent.name[0].isdigit()}
     cells = sorted(export_cells([p for name, p in homes.items() if not modules or name in modules]), reverse=True)
     print(f"export cells {len(cells)}, over 20 lines: {sum(n > 20 for n, *_ in cells)}; largest:", *cells[:6])
     names = {module: found for module, found in public().items() if not modules or module in modules}

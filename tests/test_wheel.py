@@ -15,9 +15,9 @@ import sys
 sys.path[:0] = sys.argv[1:]
 import probunlearn
 from probunlearn.data import fictional_authors
-from probunlearn.models import small_lm
-lm, tok = small_lm("full")
-print(len(fictional_authors("forget10")), lm.num_parameters() > 1e5, tok.eos_token is not None, probunlearn.__file__)
+from probunlearn.models import small_model
+model = small_model("full")
+print(len(fictional_authors("forget10")), model.lm.num_parameters() > 1e5, model.tok.eos_token is not None, probunlearn.__file__)
 """
 
 
