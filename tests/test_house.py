@@ -62,6 +62,59 @@ def public():
     return found
 
 
+def positional(paths):
+    "Calls that pass more than four arguments by position."
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and len(node.args) > 4: yield f"{path.stem}:{node.lineno}", ast.unparse(node.func)
+
+
+def folded(paths):
+    "Lines that hold more than one statement, but for a short branch."
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for body in (getattr(node, name, []) for name in ("body", "orelse", "finalbody")):
+                if not isinstance(body, list): continue
+                for first, second in zip(body, body[1:]):
+                    if first.end_lineno == second.lineno: yield f"{path.stem}:{second.lineno}"
+
+
+def optional(node, skip):
+    "(position, name) of each argument of a function that may be left out; the first `skip` aren't passed by a caller."
+    plain = [*node.args.posonlyargs, *node.args.args][skip:]
+    start = len(plain) - len(node.args.defaults)
+    yield from ((i, arg.arg) for i, arg in enumerate(plain) if i >= start)
+    yield from ((99, arg.arg) for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults) if default)
+
+
+def options():
+    "(function as it is called, position, option) of every public function and method."
+    for module, names in public().items():
+        for node in ast.parse((ROOT/"probunlearn"/f"{module}.py").read_text(encoding="utf-8")).body:
+            if getattr(node, "name", None) not in names: continue
+            if isinstance(node, ast.FunctionDef): yield from ((node.name, *option) for option in optional(node, 0))
+            for method in getattr(node, "body", []) if isinstance(node, ast.ClassDef) else []:
+                if not isinstance(method, ast.FunctionDef) or method.name[0] == "_" and method.name != "__init__": continue
+                called = node.name if method.name == "__init__" else method.name
+                yield from ((called, *option) for option in optional(method, 1))
+
+
+def given():
+    "Every name that some call passes an argument by, and how many positions each function is called with."
+    sources = [p.read_text(encoding="utf-8") for p in [*LIBRARY, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]]
+    sources += ["\n".join(c.source.splitlines()) for p in notebooks() for c in code_cells(p)]
+    names, positions = set(), {}
+    for source in sources:
+        try: tree = ast.parse(re.sub(r"^\s*[%!].*$", "", source, flags=re.M))
+        except SyntaxError: continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call): continue
+            names |= {k.arg for k in node.keywords}
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            positions[name] = max(positions.get(name, 0), len(node.args))
+    return names, positions
+
+
 def test_lines_of_the_library_can_be_read():
     total, over = wide([p.read_text(encoding="utf-8") for p in LIBRARY], 120)
     assert len(over) <= .02 * total, f"{len(over)} of {total} lines are wider than 120 characters"
@@ -82,6 +135,20 @@ def test_visible_code_of_lessons_fits():
 def test_functions_are_short():
     lines = [n for n, _ in body_sizes(LIBRARY)]
     assert statistics.median(lines) <= 8 and percentile(lines, .9) <= 20
+
+
+def test_no_call_passes_more_than_four_arguments_by_position():
+    assert list(positional(LIBRARY)) == []
+
+
+def test_a_line_holds_one_statement():
+    assert list(folded(LIBRARY)) == []
+
+
+def test_no_option_is_there_that_nobody_gives():
+    names, positions = given()
+    idle = [(f, name) for f, i, name in options() if name not in names and positions.get(f, 0) <= i and name[0] != "_"]
+    assert idle == []
 
 
 def test_there_are_few_doors():
