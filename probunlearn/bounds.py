@@ -126,7 +126,7 @@ def as_scores(
     return x
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #f605a0cd
-def _ends(side, alpha, upper, lower):   # value of a bound whose ends at level a are upper(a) and lower(a)
+def on_side(side, alpha, upper, lower): # value of a bound whose ends at level a are upper(a) and lower(a)
     check_alpha(alpha)
     chosen("side", side, WORDS)
     if side == "two-sided": return np.stack([lower(alpha / 2), upper(alpha / 2)], -1)
@@ -184,7 +184,7 @@ def binary_bound(
     "Bound on the probability of a leak (Clopper and Pearson 1934)."
     chosen("method", method, ["clopper-pearson"])
     leaks, n = check_counts(leaks, n)
-    value = _ends(side, alpha, lambda a: binomial_ceiling(leaks, n, a), lambda a: _rate_floor(leaks, n, a))
+    value = on_side(side, alpha, lambda a: binomial_ceiling(leaks, n, a), lambda a: _rate_floor(leaks, n, a))
     return Bound(value[()], alpha, side, method, n=draws_each(n), quantity="the probability of a leak")
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #401e051b
@@ -239,7 +239,7 @@ def survival_bound(
     cut = _thresholds(raw, at, method)
     most = _count(lambda t: ~(raw <= t), len(raw), cut)         # a missing score is above
     least = _count(lambda t: raw > t, len(raw), cut)
-    value = _ends(side, alpha, *_survival_ends(most, least, n, method))
+    value = on_side(side, alpha, *_survival_ends(most, least, n, method))
     where = f"P(score > {cut:g})" if cut.ndim == 0 else "P(score > x), at every x at once,"
     return Bound(_like(x, value), alpha, side, method, n=n, quantity=where)
 
@@ -269,7 +269,7 @@ def mean_bound(
     table = as_scores(x, missing)
     chosen("method", method, [*MEANS, *FLOORS])
     most, least = np.nan_to_num(table, nan=1), np.nan_to_num(table, nan=0)
-    value = _ends(side, alpha, *_mean_ends(most, least, method))
+    value = on_side(side, alpha, *_mean_ends(most, least, method))
     return Bound(_like(x, value), alpha, side, method, n=table.shape[1])
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #03d45786
@@ -299,7 +299,7 @@ def variance_bound(
         raise ValueError("a lower bound on the spread needs every score; missing draws are allowed with side='upper'")
     def upper(_): return _spread(table, band, np.inf)[1]
     def lower(_): return _blocks(lambda rows: variance_floor(rows, *band), np.sort(table, 1))
-    value = _ends(side, alpha, upper, lower)
+    value = on_side(side, alpha, upper, lower)
     return Bound(_like(x, value), alpha, side, method, n=n, quantity="the variance of the score")
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #5caded27
