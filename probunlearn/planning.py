@@ -10,42 +10,48 @@ import warnings
 from dataclasses import dataclass
 import numpy as np
 from scipy import special
-from .bounds import binary_bound, draws_needed, jointly, rounded
 from .checks import check_alpha, whole
+from .bounds import binary_bound, draws_needed, jointly, rounded
 from .questions import pooled_rate
 
 # %% ../nbs/2_bounds/06_planning.ipynb #f628e87e
 def most_leaks(
-    n:int, # draws
-    tau:float=0.01, # leak probability to stay below
-    alpha:float=0.01, # chance that the claim is wrong
-)->int: # -1 if not even 0 leaks are enough
-    "Largest number of leaks among n draws that still certifies a leak probability below tau (Clopper and Pearson 1934); ValueError on bad input."
+    n: int,                     # draws
+    tau: float = 0.01,          # leak probability to stay below
+    alpha: float = 0.01,        # chance that the claim is wrong
+) -> int:                       # -1 if not even 0 leaks are enough; ValueError on bad input
+    "Largest number of leaks among n draws that still certifies a rate below tau (Clopper and Pearson 1934)."
     check_alpha(alpha)
     whole("n", n)
     if not 0 < tau < 1: raise ValueError(f"tau must lie strictly between 0 and 1, got {tau}")
     return int((special.bdtr(np.arange(n + 1), n, tau) <= alpha).sum()) - 1
 
+# %% ../nbs/2_bounds/06_planning.ipynb #71f61474
 def chance_to_certify(
-    p, # true leak probability, or several
-    n:int, # draws
-    tau:float=0.01, # leak probability to stay below
-    alpha:float=0.01, # chance that the claim is wrong
-)->np.ndarray: # same shape as p
-    "Exact chance that n draws certify a leak probability below tau when it is p (the power curve); ValueError as `most_leaks`."
+    p,                          # true leak probability, or several
+    n: int,                     # draws
+    tau: float = 0.01,          # leak probability to stay below
+    alpha: float = 0.01,        # chance that the claim is wrong
+) -> np.ndarray:                # same shape as p; ValueError as `most_leaks`
+    "Exact chance that n draws certify a leak probability below tau when it is p (the power curve)."
     p = np.asarray(p, float)
     if not ((p >= 0) & (p <= 1)).all(): raise ValueError(f"p must hold probabilities in [0, 1], got {p}")
     most = most_leaks(n, tau, alpha)
     return special.bdtr(most, n, p) if most >= 0 else np.zeros(p.shape)
 
 # %% ../nbs/2_bounds/06_planning.ipynb #615431fd
+def _limit(n, tau, alpha):      # with how many leaks n draws certify, in words
+    most = most_leaks(n, tau, alpha)
+    if most >= 0: return f"up to {most} leaks"
+    return f"impossible: needs {draws_needed(tau, alpha):,} draws even without a leak"
+
 @dataclass(frozen=True)
 class RunPlan:
-    "What a run of n draws on each of several questions can and cannot certify (Clopper and Pearson 1934; Hoeffding 1956); ValueError on bad counts."
-    n:int # draws per question
-    questions:int = 1 # questions
-    alpha:float = 0.01 # chance that a claim is wrong
-    tau:float = 0.01 # leak probability to stay below
+    "What a run of n draws per question can and cannot certify (Clopper and Pearson 1934; Hoeffding 1956)."
+    n: int                      # draws per question
+    questions: int = 1          # questions
+    alpha: float = 0.01         # chance that a claim is wrong
+    tau: float = 0.01           # leak probability to stay below
 
     def __post_init__(self):
         whole("questions", self.questions)
@@ -53,16 +59,18 @@ class RunPlan:
 
     def __str__(self):
         n, q, a, tau = self.n, self.questions, self.alpha, self.tau
-        clean = binary_bound(0, n, a), jointly(binary_bound, np.zeros(q), a, n=n).value[0], pooled_rate(np.zeros(q), n, a)
-        one, all_ = most_leaks(n, tau, a), most_leaks(n, tau, a / q)
-        said = lambda most, level: f"up to {most} leaks" if most >= 0 else f"impossible: needs {draws_needed(tau, level):,} draws even without a leak"
-        return "\n".join([f"{n:,} draws on each of {q:,} questions, α = {a:g} per claim, fixed-n:",
-            f"  no leak at one question         -> its leak probability is at most {rounded(clean[0])}",
-            f"  no leak anywhere, worst question -> at most {rounded(clean[1])}",
-            f"  no leak anywhere, average       -> at most {rounded(clean[2])}",
-            f"  below {tau:g}, one question alone  : {said(one, a)}",
-            f"  below {tau:g}, among {q:,} jointly   : {said(all_, a / q)}",
-            f"  a question that leaks at {tau / 10:g} is certified alone with chance {float(chance_to_certify(tau / 10, n, tau, a)):.0%}"])
+        alone = binary_bound(0, n, a)
+        worst = jointly(binary_bound, np.zeros(q), a, n=n).value[0]
+        average = pooled_rate(np.zeros(q), n, a)
+        power = float(chance_to_certify(tau / 10, n, tau, a))
+        return "\n".join([
+            f"{n:,} draws on each of {q:,} questions, α = {a:g} per claim, fixed-n:",
+            f"  no leak at one question         -> its leak probability is at most {rounded(alone)}",
+            f"  no leak anywhere, worst question -> at most {rounded(worst)}",
+            f"  no leak anywhere, average       -> at most {rounded(average)}",
+            f"  below {tau:g}, one question alone  : {_limit(n, tau, a)}",
+            f"  below {tau:g}, among {q:,} jointly   : {_limit(n, tau, a / q)}",
+            f"  a question that leaks at {tau / 10:g} is certified alone with chance {power:.0%}"])
 
     __repr__ = __str__
 
@@ -70,40 +78,62 @@ class RunPlan:
 @dataclass(frozen=True)
 class Forecast:
     "An extrapolation, not a bound: the largest leak probability expected among many questions like these."
-    value:float # forecast leak probability of the worst question
-    questions:int # among so many
-    factor:float # how far the same forecast was off when tested: median factor, at least 1
-    stretch:float = 1.0 # how many times the questions at hand; it was tested at 10 times
+    value: float                # forecast leak probability of the worst question
+    questions: int              # among so many
+    factor: float               # how far the same forecast was off when tested: median factor, at least 1
+    stretch: float = 1.0        # how many times the questions at hand; it was tested at 10 times
 
     def __str__(self):
-        trust = ", NOT to be trusted" if self.factor > 3 else f", NOT tested at {self.stretch:.3g} times" if self.stretch > 10 else ""
-        return (f"Forecast, not a bound: the worst of {self.questions:,} such questions leaks with probability {self.value:.3g} "
-                f"(tested at 10 times as many questions as were used: off by a factor of {self.factor:.2g}{trust}).")
+        trust = ""
+        if self.stretch > 10: trust = f", NOT tested at {self.stretch:.3g} times"
+        if self.factor > 3: trust = ", NOT to be trusted"
+        worst = f"the worst of {self.questions:,} such questions leaks with probability {self.value:.3g}"
+        tested = f"tested at 10 times as many questions as were used: off by a factor of {self.factor:.2g}{trust}"
+        return f"Forecast, not a bound: {worst} ({tested})."
 
     __repr__ = __str__
 
-def _prolong(p, questions, top): # worst leak probability among many questions, from the tail of a few
+# %% ../nbs/2_bounds/06_planning.ipynb #082a202f
+def _prolong(p, questions, top):        # worst leak probability among many questions, from the tail of a few
     tail = np.sort(p)[-top:]
     score = -np.log(-np.log(np.clip(tail, 1e-300, 1 - 1e-12)))
-    rank = np.log(np.arange(len(tail), 0, -1) / len(p))                    # log share of questions at or above each
+    rank = np.log(np.arange(len(tail), 0, -1) / len(p))             # log share of questions at or above each
     slope, start = np.polyfit(rank, score, 1) if np.ptp(score) else (0.0, score[-1])
     return float(np.exp(-np.exp(-(start - slope * np.log(questions)))))
 
-def forecast_worst(
-    p, # (Q,) leak probabilities of questions, exact or well estimated, at least 100 above 0
-    questions:int, # how many questions to forecast for, at least Q
-    top:int=10, # how many of the worst questions the line is fitted to
-    seed:int=0, # for the tests on random tenths
-)->Forecast:
-    "Forecast of the worst question among many, with a backtest, a warning if it fails or is exceeded, and ValueError for too few (Jones et al. 2025)."
-    whole("top", top, 5)
-    p = np.asarray(p, float)
-    if p.ndim != 1 or len(p) < 10 * top or not ((p >= 0) & (p <= 1)).all(): raise ValueError(f"p must be at least {10 * top} probabilities, got shape {p.shape}")
-    if (p > 0).sum() < 10 * top: raise ValueError(f"p must hold at least {10 * top} probabilities above 0, got {(p > 0).sum()}: a line through zeros forecasts nothing")
-    if questions < len(p): raise ValueError(f"questions must be at least the {len(p)} at hand, got {questions}")
+def _backtest(p, top, seed):            # median factor by which forecasts from a random tenth are off
     rng = np.random.default_rng(seed)
-    tests = [_prolong(rng.choice(p, len(p) // 10, replace=False), len(p), min(top, len(p) // 20)) for _ in range(200)]
-    factor = float(np.exp(np.median(np.abs(np.log(np.maximum(tests, 1e-300) / max(p.max(), 1e-300))))))
-    if factor > 3: warnings.warn(f"forecasts from a tenth of the questions were off by a factor of {factor:.2g}: do not extrapolate", stacklevel=2)
-    if questions > 10 * len(p): warnings.warn(f"tested at 10 times as many questions, asked for {questions / len(p):.3g} times the {len(p):,} at hand", stacklevel=2)
+    few = min(top, len(p) // 20)
+    tests = [_prolong(rng.choice(p, len(p) // 10, replace=False), len(p), few) for _ in range(200)]
+    off = np.log(np.maximum(tests, 1e-300) / max(p.max(), 1e-300))
+    return float(np.exp(np.median(np.abs(off))))
+
+def _check_forecast(p, questions, top):
+    whole("top", top, 5)
+    least = 10 * top
+    if p.ndim != 1 or len(p) < least or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p must be at least {least} probabilities, got shape {p.shape}")
+    if (above := (p > 0).sum()) < least:
+        raise ValueError(f"p must hold at least {least} probabilities above 0, got {above}: "
+                         "a line through zeros forecasts nothing")
+    if questions < len(p): raise ValueError(f"questions must be at least the {len(p)} at hand, got {questions}")
+
+# %% ../nbs/2_bounds/06_planning.ipynb #f73ca9e3
+def forecast_worst(
+    p,                          # (Q,) leak probabilities of questions, exact or well estimated, at least 100 above 0
+    questions: int,             # how many questions to forecast for, at least Q
+    *,
+    top: int = 10,              # how many of the worst questions the line is fitted to
+    seed: int = 0,              # for the tests on random tenths
+) -> Forecast:                  # with a warning if its test fails or is exceeded; ValueError for too few questions
+    "Forecast of the worst question among many, with a backtest (Jones et al. 2025)."
+    p = np.asarray(p, float)
+    _check_forecast(p, questions, top)
+    factor = _backtest(p, top, seed)
+    if factor > 3:
+        off = f"forecasts from a tenth of the questions were off by a factor of {factor:.2g}: do not extrapolate"
+        warnings.warn(off, stacklevel=2)
+    if questions > 10 * len(p):
+        asked = f"asked for {questions / len(p):.3g} times the {len(p):,} at hand"
+        warnings.warn(f"tested at 10 times as many questions, {asked}", stacklevel=2)
     return Forecast(_prolong(p, questions, top), questions, factor, questions / len(p))
