@@ -6,33 +6,43 @@
 __all__ = ['Calibration', 'calibrate', 'judged_bound', 'prediction_powered']
 
 # %% ../nbs/2_bounds/08_judged.ipynb #689789d9
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 import numpy as np
-from .bounds import Bound, as_scores, binary_bound, check_counts, leaked, mean_bound
 from .checks import check_alpha, chosen
+from .bounds import Bound, as_scores, binary_bound, check_counts, draws_each, leaked, mean_bound, on_side
 from .questions import pooled_rate
 
 # %% ../nbs/2_bounds/08_judged.ipynb #3b6ff53e
+def _rate(count, lost, n, alpha, side, quantity):   # a failure may be a success in an upper end, never in a lower one
+    def end(count, a, side): return float(binary_bound(count, n, a, side)) if n else float(side == "upper")
+    value = on_side(side, alpha, lambda a: end(count + lost, a, "upper"), lambda a: end(count, a, "lower"))
+    return Bound(value, alpha, side, "clopper-pearson", n=n, quantity=quantity,
+                 scope="over the answers from which the labelled ones were picked at random")
+
+# %% ../nbs/2_bounds/08_judged.ipynb #798218f6
 @dataclass(frozen=True)
 class Calibration:
     "How a judge did on answers whose truth is known. ValueError on no answers, or counts that are none."
-    caught:int # harmful answers that it calls harmful
-    missed:int # harmful answers that it calls harmless
-    alarms:int # harmless answers that it calls harmful
-    passed:int # harmless answers that it calls harmless
-    lost_harmful:int = 0 # harmful answers on which it failed
-    lost_harmless:int = 0 # harmless answers on which it failed
-    judge:str = "" # its name
-    harm_at:float = 0.5 # it calls an answer harmful from this label on
+    caught: int                 # harmful answers that it calls harmful
+    missed: int                 # harmful answers that it calls harmless
+    alarms: int                 # harmless answers that it calls harmful
+    passed: int                 # harmless answers that it calls harmless
+    lost_harmful: int = 0       # harmful answers on which it failed
+    lost_harmless: int = 0      # harmless answers on which it failed
+    judge: str = ""             # its name
+    harm_at: float = 0.5        # it calls an answer harmful from this label on
 
     def __post_init__(self):
-        counts = astuple(self)[:6]
-        if any(c < 0 or c % 1 for c in counts) or not sum(counts): raise ValueError(f"a calibration needs whole numbers of answers, at least one in all, got {counts}")
+        counts = self.caught, self.missed, self.alarms, self.passed, self.lost_harmful, self.lost_harmless
+        if any(c < 0 or c % 1 for c in counts) or not sum(counts):
+            raise ValueError(f"a calibration needs whole numbers of answers, at least one in all, got {counts}")
 
     @property
     def harmful(self): return self.caught + self.missed + self.lost_harmful
+
     @property
     def harmless(self): return self.alarms + self.passed + self.lost_harmless
+
     @property
     def agreement(self): return (self.caught + self.passed) / (self.harmful + self.harmless)
 
@@ -40,11 +50,12 @@ class Calibration:
     def kappa(self):
         "Agreement beyond chance (Cohen 1960); NaN where chance alone agrees always."
         n = self.harmful + self.harmless
-        chance = (self.harmful * (self.caught + self.alarms) + self.harmless * (self.missed + self.passed)) / n**2
+        said_harmful, said_harmless = self.caught + self.alarms, self.missed + self.passed
+        chance = (self.harmful * said_harmful + self.harmless * said_harmless) / n**2
         return (self.agreement - chance) / (1 - chance) if chance < 1 else float("nan")
 
     def sensitivity(self, alpha=0.01, side="two-sided"):
-        "Bound on the share of harmful answers that the judge catches; a failure counts for neither end (Clopper and Pearson 1934)."
+        "Bound on the share of harmful answers that the judge catches; a failure counts for neither end."
         return _rate(self.caught, self.lost_harmful, self.harmful, alpha, side, "the judge's sensitivity")
 
     def false_alarms(self, alpha=0.01, side="two-sided"):
@@ -53,97 +64,126 @@ class Calibration:
 
     def __str__(self):
         lost = self.lost_harmful + self.lost_harmless
-        return (f"The judge agrees with the labels on {self.agreement:.1%} of {self.harmful + self.harmless:,} answers (κ = {self.kappa:.2f}): it catches {self.caught} of {self.harmful} harmful ones, "
-                f"calls {self.alarms} of {self.harmless} harmless ones harmful" + f" and fails on {lost}" * bool(lost) + ".")
+        of = f"{self.agreement:.1%} of {self.harmful + self.harmless:,} answers (κ = {self.kappa:.2f})"
+        catches = f"it catches {self.caught} of {self.harmful} harmful ones"
+        calls = f"calls {self.alarms} of {self.harmless} harmless ones harmful"
+        fails = f" and fails on {lost}" if lost else ""
+        return f"The judge agrees with the labels on {of}: {catches}, {calls}{fails}."
 
     __repr__ = __str__
 
-def _rate(count, lost, n, alpha, side, quantity): # a failure is at most a success in an upper end, never one in a lower end
-    check_alpha(alpha)
-    if not n: low, high = 0.0, 1.0
-    else: low, high = (float(binary_bound(c, n, alpha / (1 + (side == "two-sided")), end)) for c, end in ((count, "lower"), (count + lost, "upper")))
-    value = np.array([low, high]) if side == "two-sided" else low if side == "lower" else high
-    return Bound(value, alpha, side, "clopper-pearson", n, quantity, "over the answers from which the labelled ones were picked at random")
-
 # %% ../nbs/2_bounds/08_judged.ipynb #79e7ed87
 def calibrate(
-    truth, # (m,) whether each answer is harmful: 0 or 1
-    said, # (m,) the judge's labels in [0, 1]; NaN where it failed
-    harm_at:float=0.5, # the judge calls an answer harmful from this label on
-    judge:str="", # its name
-)->Calibration:
-    "Compare a judge with labels; ValueError for unequal lengths or a truth that isn't 0 or 1."
+    truth,                      # (m,) whether each answer is harmful: 0 or 1
+    said,                       # (m,) the judge's labels in [0, 1]; NaN where it failed
+    harm_at: float = 0.5,       # the judge calls an answer harmful from this label on
+    judge: str = "",            # its name
+) -> Calibration:               # ValueError for unequal lengths or a truth that isn't 0 or 1
+    "Compare a judge with labels."
     truth, said = np.asarray(truth, float), as_scores(said, "worst")[0]
-    if truth.shape != said.shape or not np.isin(truth, (0, 1)).all(): raise ValueError(f"truth must hold one 0 or 1 per label, got shapes {truth.shape} and {said.shape}")
+    if truth.shape != said.shape or not np.isin(truth, (0, 1)).all():
+        raise ValueError(f"truth must hold one 0 or 1 per label, got shapes {truth.shape} and {said.shape}")
     lost, flag, bad = np.isnan(said), leaked(said, harm_at), truth == 1
-    counts = [(bad & flag & ~lost), (bad & ~flag), (~bad & flag & ~lost), (~bad & ~flag), bad & lost, ~bad & lost]
-    return Calibration(*(int(c.sum()) for c in counts), judge, harm_at)
+    def count(which): return int(which.sum())
+    return Calibration(
+        caught=count(bad & flag & ~lost), missed=count(bad & ~flag),
+        alarms=count(~bad & flag & ~lost), passed=count(~bad & ~flag),
+        lost_harmful=count(bad & lost), lost_harmless=count(~bad & lost), judge=judge, harm_at=harm_at)
 
 # %% ../nbs/2_bounds/08_judged.ipynb #a806a461
-def _flag_rate(flagged, n, alpha, over): # upper bound on the rate of flags
+def _flag_rate(flagged, n, alpha, over):            # upper bound on the rate of flags
     if over == "average": return pooled_rate(flagged, n, alpha).value
     return binary_bound(flagged, n, alpha / (np.size(flagged) if over == "jointly" else 1)).value
 
-def _ceiling(flagged, n, judge, alpha, share, over):
+def _judge_rates(judge, alpha, share, end):         # sensitivity and false alarms at one end, each with its part of alpha
     rest = alpha * (1 - share) / 2
-    s, f = float(judge.sensitivity(rest, "lower")), float(judge.false_alarms(rest, "lower"))
-    if s <= f: return np.ones(() if over == "average" else np.shape(flagged))
+    return float(judge.sensitivity(rest, end)), float(judge.false_alarms(rest, end))
+
+def _shape(flagged, over): return () if over == "average" else np.shape(flagged)
+
+def _ceiling(flagged, n, judge, alpha, share, over):
+    s, f = _judge_rates(judge, alpha, share, "lower")
+    if s <= f: return np.ones(_shape(flagged, over))
     value = (_flag_rate(flagged, n, share * alpha, over) - f) / (s - f)
-    return np.clip(value, _flag_rate(np.zeros_like(flagged), n, share * alpha, over), 1)
+    least = _flag_rate(np.zeros_like(flagged), n, share * alpha, over)      # what draws without a flag would prove
+    return np.clip(value, least, 1)
 
 def _floor(flagged, n, judge, alpha, share, over):
-    rest = alpha * (1 - share) / 2
-    s, f = float(judge.sensitivity(rest, "upper")), float(judge.false_alarms(rest, "upper"))
-    if s <= f: return np.zeros(() if over == "average" else np.shape(flagged))
+    s, f = _judge_rates(judge, alpha, share, "upper")
+    if s <= f: return np.zeros(_shape(flagged, over))
     return np.clip((1 - _flag_rate(n - flagged, n, share * alpha, over) - f) / (s - f), 0, 1)
 
-def judged_bound(
-    flagged, # draws that the judge calls harmful: a count or one per question
-    n, # draws, chosen in advance
-    judge:Calibration, # on random draws of these questions, or on answers where it errs at the same rates
-    alpha:float=0.01, # chance that this claim is wrong
-    side:str="upper", # "upper", "lower" or "two-sided"
-    lost=0, # draws without a verdict: a count or one per question
-    over:str="each", # "each" question alone or all "jointly", if the judge's rates are the same for every question, or their "average"
-    share:float=0.9, # of alpha, for the draws; the judge's two rates get the rest
-)->Bound:
-    "Bound on the true rate of harm, corrected for the judge's errors (Rogan and Gladen 1978; Clopper and Pearson 1934), if it errs at the labels' rates; ValueError on counts that don't fit."
-    check_alpha(alpha); chosen("side", side, ["upper", "lower", "two-sided"]); chosen("over", over, ["each", "jointly", "average"])
-    if not 0 < share < 1: raise ValueError(f"share must lie strictly between 0 and 1, got {share}")
-    (flagged, n), (lost, _) = check_counts(flagged, n), check_counts(lost, n)
-    check_counts(flagged + lost, n)
-    a = alpha / 2 if side == "two-sided" else alpha
-    high, low = (_ceiling(flagged + lost, n, judge, a, share, over) if side != "lower" else None), (_floor(flagged, n, judge, a, share, over) if side != "upper" else None)
-    value = high if low is None else low if high is None else np.stack([low, high], -1)
-    what = "the average rate of harm" if over == "average" else "the rate of harm"
-    scope = {"each": "per question", "jointly": f"jointly for {flagged.size} questions", "average": f"over this fixed set of {flagged.size} questions"}[over]
-    how = f"clopper-pearson, corrected for a judge that caught {judge.caught} of {judge.harmful} and flagged {judge.alarms} of {judge.harmless} harmless"
+def _conditions(judge, over, questions):            # how it was computed, for which questions, and on what condition
+    how = (f"clopper-pearson, corrected for a judge that caught {judge.caught} of {judge.harmful} "
+           f"and flagged {judge.alarms} of {judge.harmless} harmless")
+    scope = {"each": "per question", "jointly": f"jointly for {questions} questions",
+             "average": f"over this fixed set of {questions} questions"}[over]
     where = "over all their draws together" if over == "average" else "on each question's draws"
-    condition = f"if {where} the judge errs at the rates of the answers from which the labelled ones were picked at random"
-    return Bound(np.asarray(value)[()], alpha, side, how, n if np.ptp(n) else int(n.flat[0]), what, f"{scope}, {condition}")
+    errs = "errs at the rates of the answers from which the labelled ones were picked at random"
+    return how, f"{scope}, if {where} the judge {errs}"
+
+# %% ../nbs/2_bounds/08_judged.ipynb #5f0d656c
+def judged_bound(
+    flagged,                    # draws that the judge calls harmful: a count or one per question
+    n,                          # draws, chosen in advance
+    judge: Calibration,         # on random draws of these questions, or on answers where it errs at the same rates
+    alpha: float = 0.01,        # chance that this claim is wrong
+    *,
+    side: str = "upper",        # "upper", "lower" or "two-sided"
+    lost=0,                     # draws without a verdict: a count or one per question
+    over: str = "each",         # "each" question alone, all "jointly" (one judge's rates for all), or their "average"
+    share: float = 0.9,         # of alpha, for the draws; the judge's two rates get the rest
+) -> Bound:                     # ValueError on counts that don't fit; its condition on the labels stands in its scope
+    "Bound on the true rate of harm, corrected for the judge's errors (Rogan and Gladen 1978; Clopper and Pearson 1934)."
+    check_alpha(alpha)
+    chosen("over", over, ["each", "jointly", "average"])
+    if not 0 < share < 1: raise ValueError(f"share must lie strictly between 0 and 1, got {share}")
+    flagged, n = check_counts(flagged, n)
+    lost, _ = check_counts(lost, n)
+    check_counts(flagged + lost, n)
+    value = on_side(side, alpha, lambda a: _ceiling(flagged + lost, n, judge, a, share, over),
+                    lambda a: _floor(flagged, n, judge, a, share, over))
+    what = "the average rate of harm" if over == "average" else "the rate of harm"
+    how, scope = _conditions(judge, over, flagged.size)
+    return Bound(np.asarray(value)[()], alpha, side, how, n=draws_each(n), quantity=what, scope=scope)
 
 # %% ../nbs/2_bounds/08_judged.ipynb #848e60ab
-def prediction_powered(
-    said, # (n,) the judge's labels in [0, 1] of draws; NaN where it failed
-    truth, # (m,) truth in [0, 1] of draws from the same distribution, or of a random part of these draws
-    said_there, # (m,) the judge's labels of those
-    alpha:float=0.01, # chance that this claim is wrong
-    side:str="upper", # "upper" or "lower"
-    method:str="clopper-pearson", # for labels that are 0 or 1; "betting" for any in [0, 1], in random order
-    share:float=0.2, # of alpha, for the judged draws; the labelled ones, which are fewer, get the rest
-)->Bound:
-    "Bound on the true mean from many verdicts and a few labels (after Angelopoulos et al. 2023); ValueError for unequal lengths or labels that don't fit the method."
-    check_alpha(alpha); chosen("side", side, ["upper", "lower"]); chosen("method", method, ["clopper-pearson", "betting"])
-    if not 0 < share < 1: raise ValueError(f"share must lie strictly between 0 and 1, got {share}")
-    y, up = as_scores(truth)[0], side == "upper"
-    f, there = (np.nan_to_num(as_scores(v, "worst")[0], nan=worst) for v, worst in ((said, up), (said_there, not up)))
-    if y.shape != there.shape: raise ValueError(f"truth and said_there must hold one value per labelled draw, got {len(y)} and {len(there)}")
-    if method == "betting": value = _mean(f, share * alpha, side) + 2 * _mean((1 + y - there) / 2, (1 - share) * alpha, side) - 1
-    elif not all(np.isin(v, (0, 1)).all() for v in (y, f, there)): raise ValueError("clopper-pearson needs labels that are 0 or 1; use 'betting'")
-    else:
-        rest, other = (1 - share) * alpha / 2, "lower" if up else "upper"
-        missed, alarms = int(((y == 1) & (there == 0)).sum()), int(((y == 0) & (there == 1)).sum())
-        value = float(binary_bound(int(f.sum()), len(f), share * alpha, side)) + float(binary_bound(missed, len(y), rest, side)) - float(binary_bound(alarms, len(y), rest, other))
-    return Bound(float(np.clip(value, 0, 1)), alpha, side, f"prediction-powered {method}, {len(y):,} labels", len(f), "the true mean", "over the answers of which the labelled ones are a random sample")
-
 def _mean(x, alpha, side): return float(mean_bound(x, alpha, side))
+
+def _rate_of(flags, alpha, side): return float(binary_bound(int(flags.sum()), len(flags), alpha, side))
+
+def _by_bets(f, y, there, alpha, share, side):      # verdicts on average, plus the average of truth minus verdict
+    return _mean(f, share * alpha, side) + 2 * _mean((1 + y - there) / 2, (1 - share) * alpha, side) - 1
+
+def _by_counts(f, y, there, alpha, share, side):    # flags, plus what the judge missed, minus its false alarms
+    if not all(np.isin(v, (0, 1)).all() for v in (y, f, there)):
+        raise ValueError("clopper-pearson needs labels that are 0 or 1; use 'betting'")
+    rest, other = (1 - share) * alpha / 2, "lower" if side == "upper" else "upper"
+    missed, alarms = (y == 1) & (there == 0), (y == 0) & (there == 1)
+    return _rate_of(f, share * alpha, side) + _rate_of(missed, rest, side) - _rate_of(alarms, rest, other)
+
+# %% ../nbs/2_bounds/08_judged.ipynb #921e6a8b
+def prediction_powered(
+    said,                       # (n,) the judge's labels in [0, 1] of draws; NaN where it failed
+    truth,                      # (m,) truth in [0, 1] of draws from the same distribution, or of a random part
+    said_there,                 # (m,) the judge's labels of those
+    alpha: float = 0.01,        # chance that this claim is wrong
+    *,
+    side: str = "upper",        # "upper" or "lower"
+    method: str = "clopper-pearson",    # for labels that are 0 or 1; "betting" for any in [0, 1], in random order
+    share: float = 0.2,         # of alpha, for the judged draws; the labelled ones, which are fewer, get the rest
+) -> Bound:                     # ValueError for unequal lengths or labels that don't fit the method
+    "Bound on the true mean from many verdicts and a few labels (after Angelopoulos et al. 2023)."
+    check_alpha(alpha)
+    chosen("side", side, ["upper", "lower"])
+    chosen("method", method, ["clopper-pearson", "betting"])
+    if not 0 < share < 1: raise ValueError(f"share must lie strictly between 0 and 1, got {share}")
+    up = side == "upper"
+    y = as_scores(truth)[0]
+    f = np.nan_to_num(as_scores(said, "worst")[0], nan=up)
+    there = np.nan_to_num(as_scores(said_there, "worst")[0], nan=not up)
+    if y.shape != there.shape:
+        raise ValueError(f"truth and said_there must hold one value per labelled draw, got {len(y)} and {len(there)}")
+    value = (_by_bets if method == "betting" else _by_counts)(f, y, there, alpha, share, side)
+    return Bound(float(np.clip(value, 0, 1)), alpha, side, f"prediction-powered {method}, {len(y):,} labels", n=len(f),
+                 quantity="the true mean", scope="over the answers of which the labelled ones are a random sample")
