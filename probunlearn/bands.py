@@ -178,7 +178,7 @@ def spread_ceiling(
     return mean, (left * (small - centre)**2).sum(1) + (right * (large - centre)**2).sum(1)
 
 # %% ../nbs/2_bounds/01_bands.ipynb #de788bcb
-def _centre(ordered, left, right, floor, ceiling): # (Q, 1) each: where both pulls balance, scores left of it, forced mass
+def _centre(ordered, left, right, floor, ceiling): # (Q, 1) each: balance of both pulls, scores left of it, forced mass
     pushed = np.cumsum(left * ordered, 1)                                           # (Q, n)
     pulled = np.cumsum(right * ordered, 1)
     total = (ordered @ right)[:, None]
