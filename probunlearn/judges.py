@@ -390,7 +390,7 @@ class Judged:
         if (calibration.judge, calibration.harm_at) != (self.name, harm_at):
             raise ValueError(f"this claim is about {self.name!r} with harm_at={harm_at:g}, the calibration about {calibration.judge!r} with harm_at={calibration.harm_at:g}: "
                              "make one by calibrate_judge(judge, labelled, harm_at) with the same judge and threshold")
-        bound = judged_bound(self.flagged(harm_at), self.x.shape[1], calibration, alpha, "two-sided", np.isnan(self.x).sum(1), "average")
+        bound = judged_bound(self.flagged(harm_at), self.x.shape[1], calibration, alpha, side="two-sided", lost=np.isnan(self.x).sum(1), over="average")
         return {"average harm": replace(bound, decoding=f"judge: {self.name} ≥ {harm_at:g}, {self.draws[0].decoding}")}
 
     def to_frame(self, alpha=0.01, harm_at=0.5):

@@ -17,7 +17,6 @@ import numpy as np
 from .bounds import binary_bound, confidence, leaked
 from .data import check_unique
 from .checks import is_whole
-from .looks import anytime_claims, anytime_leakage
 from .metrics import dataset_claims, diversity, leakage, seen_mass_bounds
 from .page import CSS, html_page, picture
 from .plots import method_board, score_density
@@ -100,7 +99,7 @@ class Report:
     @cached_property
     def bounds(self):
         "The guaranteed statements by name, each wrong with probability at most alpha · looks · models."
-        claims = anytime_claims(self.x, self.alpha, self.leak_at) if self.anytime else dataset_claims(self.x, self.alpha, self.leak_at, missing="worst")
+        claims = dataset_claims(self.x, self.alpha, self.leak_at, missing="worst", anytime=self.anytime)
         return {name: replace(_paid(b, self.looks, self.models), scope=f"{b.scope}, leak: {self.what_leaks}", decoding=self.decoding) for name, b in claims.items()}
 
     @property
@@ -116,8 +115,9 @@ class Report:
         import pandas as pd
         asked, n = self.forget, self.x.shape[1]
         certain = np.array([certain_leak(d, qa, self.score, self.leak_at) for d, qa in zip(asked.draws, asked.qas)])
-        if self.anytime: numbers, lower = anytime_leakage(self.x, self.leak_at, self.alpha), RateSequence(self.alpha, "lower").add(self.leaks * 1.).bound.value
-        else: numbers, lower = leakage(self.x, self.leak_at, self.alpha, missing="worst"), binary_bound(self.leaks.sum(1), n, self.alpha, side="lower").value
+        numbers = leakage(self.x, self.leak_at, self.alpha, missing="worst", anytime=self.anytime)
+        if self.anytime: lower = RateSequence(self.alpha, "lower").add(self.leaks * 1.).bound.value
+        else: lower = binary_bound(self.leaks.sum(1), n, self.alpha, side="lower").value
         return pd.DataFrame(dict(
             question=[qa.question for qa in asked.qas], reference=[qa.answer for qa in asked.qas], greedy=asked.greedy_texts(), greedy_score=self.greedy_x)
             | numbers | dict(rate_lower=lower, certain_lower=certain[:, 0], certain_upper=certain[:, 1], distinct=[len(d.answers) for d in asked.draws]),

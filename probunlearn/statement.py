@@ -17,10 +17,9 @@ import numpy as np
 
 # %% ../nbs/4_reports/03_statement.ipynb #3914048e
 from .bounds import binary_bound, rounded
-from .looks import average_ends
 from .page import drawing, in_digits, percent, table, tile, with_marks
 from .plots import COLOURS, method_board, style
-from .questions import pooled_rate, worst_question
+from .questions import pooled_rate, stratified_betting, worst_question
 from .scores import score_answers
 from .sequential import rate_ends
 
@@ -88,7 +87,7 @@ def bounds_by_draws(
     import matplotlib.pyplot as plt
     leaks, a = report.leaks | report.missing, report.alpha
     sizes = np.unique(np.minimum(2**np.arange(4, 4 + leaks.shape[1].bit_length()), leaks.shape[1]))
-    def average(m): return average_ends(leaks[:, :m] * 1., a) if report.anytime else float(pooled_rate(leaks[:, :m].sum(1), int(m), a))
+    def average(m): return stratified_betting(leaks[:, :m] * 1., a, anytime=True) if report.anytime else float(pooled_rate(leaks[:, :m].sum(1), int(m), a))
     def worst(m): return float(rate_ends(leaks[:, :m].sum(1), m, a / len(leaks), "upper").max()) if report.anytime else float(worst_question(leaks[:, :m].sum(1), int(m), a))
     lines = {"worst question": ("s--", [worst(m) for m in sizes]), "average": ("o-", [average(m) for m in sizes])}
     with style():

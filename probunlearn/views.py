@@ -114,7 +114,7 @@ def leak_claim(
     score="score", # what was scored
 )->Bound: # two-sided
     "A claim that holds at every setting and every threshold at once (Bonferroni 1936 over the band of Berk and Jones 1979)."
-    bound = survival_bound(x, at, alpha / settings, "two-sided", "bj", "worst")
+    bound = survival_bound(x, at, alpha / settings, "two-sided", method="bj", missing="worst")
     where = f"at every threshold and all {settings:,} settings of the controls at once" if settings > 1 else "at every threshold at once"
     return replace(bound, alpha=alpha, quantity=f"the probability of an answer with {score} above {at:g}", scope=where, decoding=str(decoding))
 

@@ -1,15 +1,20 @@
 """Bounds against closed forms, other people's code, linear programmes, and simulation."""
-import subprocess, sys
+import subprocess
+import sys
 from pathlib import Path
+
 import numpy as np
 import pytest
 from conbo import expectation_bounds, std_bounds, survival_bounds, variance_bounds
 from scipy import special, stats
 from scipy.optimize import linprog, minimize_scalar
 from statsmodels.stats.proportion import proportion_confint
-from probunlearn.bands import FLOORS, cdf_ceiling, cdf_floor, crossing_chance, local_level, mean_ceiling, mean_floor, spread_ceiling, variance_floor
-from probunlearn.bounds import (MEANS, Bound, StoppedScores, as_scores, binary_bound, conbo_alpha, confidence, draws_needed, ed_bound, jointly, leaked,
-                                mean_bound, rounded, std_bound, survival_bound, variance_bound)
+
+from probunlearn.bands import (FLOORS, cdf_ceiling, cdf_floor, crossing_chance, local_level, mean_ceiling, mean_floor,
+                               spread_ceiling, variance_floor)
+from probunlearn.bounds import (MEANS, Bound, StoppedScores, as_scores, binary_bound, conbo_alpha, confidence,
+                                draws_needed, ed_bound, jointly, leaked, mean_bound, rounded, std_bound, survival_bound,
+                                variance_bound)
 
 BANDS = list(FLOORS)
 MEAN_METHODS = [*MEANS, *BANDS]
@@ -19,24 +24,28 @@ MEAN_METHODS = [*MEANS, *BANDS]
 def discrete(values, chances):
     values, chances = np.array(values, float), np.array(chances, float)
     edges, mean = np.cumsum(chances), values @ chances
-    return (lambda rng, size: values[np.minimum(np.searchsorted(edges, rng.random(size), side="right"), len(values) - 1)],
-            lambda t: chances[values <= t].sum(), mean, chances @ (values - mean)**2)
+    def draw(rng, size):
+        place = np.searchsorted(edges, rng.random(size), side="right")
+        return values[np.minimum(place, len(values) - 1)]
+    return draw, lambda t: chances[values <= t].sum(), mean, chances @ (values - mean)**2
 
 ROUGE = np.r_[.6, np.full(19, .38 / 19), .02]
 LAWS = {"point 0": discrete([0], [1]), "point 0.5": discrete([.5], [1]), "point 1": discrete([1], [1]),
-        "Bernoulli(0.01)": discrete([0, 1], [.99, .01]), "Bernoulli(0.3)": discrete([0, 1], [.7, .3]), "Bernoulli(0.5)": discrete([0, 1], [.5, .5]),
+        "Bernoulli(0.01)": discrete([0, 1], [.99, .01]), "Bernoulli(0.3)": discrete([0, 1], [.7, .3]),
+        "Bernoulli(0.5)": discrete([0, 1], [.5, .5]),
         "uniform": (lambda rng, size: rng.random(size), lambda t: t, 1 / 2, 1 / 12),
         "Beta(2, 8)": (lambda rng, size: rng.beta(2, 8, size), lambda t: special.betainc(2, 8, t), 1 / 5, 16 / 1100),
         "ROUGE-like": discrete(np.arange(21) / 20, ROUGE),
         "half zeros": (lambda rng, size: np.where(rng.random(size) < .5, 0, rng.uniform(.7, 1, size)),
                        lambda t: .5 + .5 * np.clip((t - .7) / .3, 0, 1), .425, .365 - .425**2)}
 RUNS, ALPHA = 2000, 0.05
-ALLOWED = ALPHA + 3 * np.sqrt(ALPHA * (1 - ALPHA) / RUNS)      # a valid bound misses more often than this with chance 0.1 %
+ALLOWED = ALPHA + 3 * np.sqrt(ALPHA * (1 - ALPHA) / RUNS)  # a valid bound misses more often than this with chance 0.1 %
 ROUNDING = 1e-9
 
 
 def misses(bound, truth, side):
-    if side == "two-sided": return ((bound.value[..., 0] > truth + ROUNDING) | (bound.value[..., 1] < truth - ROUNDING)).mean()
+    if side == "two-sided":
+        return ((bound.value[..., 0] > truth + ROUNDING) | (bound.value[..., 1] < truth - ROUNDING)).mean()
     return (bound.value < truth - ROUNDING if side == "upper" else bound.value > truth + ROUNDING).mean()
 
 
@@ -46,12 +55,15 @@ def test_coverage(law, n):
     draw, cdf, mean, variance = LAWS[law]
     x = draw(np.random.default_rng([n, len(law)]), (RUNS, n))
     for side in "upper", "lower":
-        for method in MEAN_METHODS: assert misses(mean_bound(x, ALPHA, side, method), mean, side) <= ALLOWED, (method, side)
-        for method in BANDS: assert misses(std_bound(x, ALPHA, side, method), variance**.5, side) <= ALLOWED, (method, side)
+        for method in MEAN_METHODS:
+            assert misses(mean_bound(x, ALPHA, side, method=method), mean, side) <= ALLOWED, (method, side)
+        for method in BANDS:
+            assert misses(std_bound(x, ALPHA, side, method=method), variance**.5, side) <= ALLOWED, (method, side)
         leaks, p = (x > .5).sum(1), 1 - cdf(.5)
         assert misses(binary_bound(leaks, n, ALPHA, side), p, side) <= ALLOWED
-        assert misses(survival_bound(x, .5, ALPHA, side, "clopper-pearson"), p, side) <= ALLOWED
-    for method in BANDS: assert misses(ed_bound(x, ALPHA, method=method), mean + 2 * variance**.5, "upper") <= ALLOWED, method
+        assert misses(survival_bound(x, .5, ALPHA, side, method="clopper-pearson"), p, side) <= ALLOWED
+    for method in BANDS:
+        assert misses(ed_bound(x, ALPHA, method=method), mean + 2 * variance**.5, "upper") <= ALLOWED, method
 
 
 @pytest.mark.slow
@@ -60,8 +72,10 @@ def test_coverage(law, n):
 def test_two_sided_coverage(law, n):
     draw, cdf, mean, variance = LAWS[law]
     x = draw(np.random.default_rng([n, len(law), 2]), (RUNS, n))
-    for method in MEAN_METHODS: assert misses(mean_bound(x, ALPHA, "two-sided", method), mean, "two-sided") <= ALLOWED, method
-    for method in BANDS: assert misses(variance_bound(x, ALPHA, "two-sided", method), variance, "two-sided") <= ALLOWED, method
+    for method in MEAN_METHODS:
+        assert misses(mean_bound(x, ALPHA, "two-sided", method=method), mean, "two-sided") <= ALLOWED, method
+    for method in BANDS:
+        assert misses(variance_bound(x, ALPHA, "two-sided", method=method), variance, "two-sided") <= ALLOWED, method
     assert misses(binary_bound((x > .5).sum(1), n, ALPHA, "two-sided"), 1 - cdf(.5), "two-sided") <= ALLOWED
 
 @pytest.mark.parametrize("n", [32, 128, pytest.param(1024, marks=pytest.mark.slow)])
@@ -72,8 +86,8 @@ def test_survival_band_covers_everywhere_at_once(law, method, n):
     at = np.linspace(0, 1, 41)
     truth = np.array([1 - cdf(t) for t in at])
     x = draw(np.random.default_rng(7), (RUNS, n))
-    assert (survival_bound(x, at, ALPHA, "upper", method).value < truth - ROUNDING).any(1).mean() <= ALLOWED
-    both = survival_bound(x, at, ALPHA, "two-sided", method).value
+    assert (survival_bound(x, at, ALPHA, method=method).value < truth - ROUNDING).any(1).mean() <= ALLOWED
+    both = survival_bound(x, at, ALPHA, "two-sided", method=method).value
     assert ((both[..., 0] > truth + ROUNDING) | (both[..., 1] < truth - ROUNDING)).any(1).mean() <= ALLOWED
 
 
@@ -98,7 +112,8 @@ def test_clopper_pearson_coverage_is_exact():
 def test_tiny_alpha_is_finite_and_right():
     x, truth = np.zeros(1024), -np.expm1(np.log(1e-30) / 1024)
     assert float(binary_bound(0, 1024, 1e-30)) == pytest.approx(truth, rel=1e-12)
-    for method in "kl", "hoeffding-bentkus": assert float(mean_bound(x, 1e-30, method=method)) == pytest.approx(truth, abs=2e-12)
+    for method in "kl", "hoeffding-bentkus":
+        assert float(mean_bound(x, 1e-30, method=method)) == pytest.approx(truth, abs=2e-12)
     assert truth < float(survival_bound(x, .5, 1e-30, method="bj")) < float(mean_bound(x, 1e-30, method="dkw")) < 1
     assert .999e-30 <= crossing_chance(cdf_floor(1024, 1e-30)) <= 1e-30 * (1 + 1e-9)
     assert np.isfinite([float(f(x, 1e-30)) for f in (mean_bound, std_bound, ed_bound)]).all()
@@ -112,8 +127,9 @@ def test_zero_leaks_in_1024_draws():
 def test_draws_needed_is_smallest():
     for p in .3, .01, 1e-5:
         for leaks in 0, 1, 7:
-            n = draws_needed(p, .01, leaks)
-            assert float(binary_bound(leaks, n)) <= p + 1e-15 and (n == leaks + 1 or float(binary_bound(leaks, n - 1)) > p)
+            n = draws_needed(p, .01, leaks=leaks)
+            assert float(binary_bound(leaks, n)) <= p + 1e-15
+            assert n == leaks + 1 or float(binary_bound(leaks, n - 1)) > p
     assert draws_needed(.01, .01 / 400) == 1055
 
 
@@ -145,7 +161,8 @@ def fits(x, band, extra=()): # support points and linear constraints of all dist
 
 def optimum(objective, matrix, limits, points, mean=None): # largest expected objective
     equal = [np.ones(len(points))] + ([points] if mean is not None else [])
-    found = linprog(-objective, matrix, limits + 1e-13, equal, [1.0] + ([mean] if mean is not None else []), method="highs")
+    total = [1.0] + ([mean] if mean is not None else [])
+    found = linprog(-objective, matrix, limits + 1e-13, equal, total, method="highs")
     return -found.fun if found.success else -np.inf
 
 @pytest.mark.parametrize("cases", [40, pytest.param(200, marks=pytest.mark.slow)])
@@ -163,13 +180,15 @@ def test_exact_optima_agree_with_linear_programmes(cases):
         variance_at = lambda m: optimum(points**2, matrix, limits, points, m) - m * m
         both = lambda m: -(m + k * np.sqrt(max(variance_at(m), 0)))
         mean, variance = (float(v[0]) for v in spread_ceiling(row, row, *band, k))
-        assert mean + k * variance**.5 == pytest.approx(-minimize_scalar(both, bounds=(low, high), **search).fun, abs=1e-6)
+        best = -minimize_scalar(both, bounds=(low, high), **search).fun
+        assert mean + k * variance**.5 == pytest.approx(best, abs=1e-6)
         largest = -minimize_scalar(lambda m: -variance_at(m), bounds=(low, high), **search).fun
         assert float(spread_ceiling(row, row, *band)[1][0]) == pytest.approx(largest, abs=1e-6)
         def around(c):
             points, matrix, limits = fits(x, band, [c])
             return -optimum(-(points - c)**2, matrix, limits, points)
-        assert float(variance_floor(row, *band)[0]) == pytest.approx(minimize_scalar(around, bounds=(0, 1), **search).fun, abs=1e-6)
+        smallest = minimize_scalar(around, bounds=(0, 1), **search).fun
+        assert float(variance_floor(row, *band)[0]) == pytest.approx(smallest, abs=1e-6)
 
 def test_constant_scores_have_closed_forms():
     e = np.sqrt(np.log(2 / .01) / 2048)
@@ -177,7 +196,8 @@ def test_constant_scores_have_closed_forms():
         value = float(variance_bound(np.full(1024, c), method="dkw"))
         assert value == pytest.approx(e * (c * c + (1 - c)**2) - e * e * (1 - 2 * c)**2, abs=1e-12)
         assert float(variance_bound(np.full(1024, c), side="lower", method="dkw")) == pytest.approx(0, abs=1e-12)
-    assert float(ed_bound([0.5], alpha=.01)) == pytest.approx((1 + 5**.5) / 2, abs=1e-3)     # one draw: the largest possible value
+    # one draw: the largest possible value
+    assert float(ed_bound([0.5], alpha=.01)) == pytest.approx((1 + 5**.5) / 2, abs=1e-3)
 
 def test_more_draws_less_alpha_larger_scores():
     x = np.random.default_rng(0).beta(2, 8, 512)
@@ -185,12 +205,14 @@ def test_more_draws_less_alpha_larger_scores():
         assert float(f(np.tile(x, 4))) < float(f(x))
         assert float(f(x, .05)) < float(f(x, .01)) < float(f(x, 1e-6))
     for method in MEAN_METHODS:
-        if method != "maurer-pontil": assert float(mean_bound(x, method=method)) <= float(mean_bound(np.minimum(x + .1, 1), method=method))
+        if method != "maurer-pontil":
+            assert float(mean_bound(x, method=method)) <= float(mean_bound(np.minimum(x + .1, 1), method=method))
 
 def test_band_bounds_ignore_order_and_rows_do_not_mix():
     x = np.random.default_rng(0).beta(2, 8, (5, 300)).round(2)
     mixed = np.random.default_rng(1).permuted(x, axis=1)
-    for f in [lambda x: mean_bound(x, method=m) for m in BANDS] + [std_bound, ed_bound, lambda x: survival_bound(x, .2, method="bj")]:
+    means = [lambda x, m=m: mean_bound(x, method=m) for m in BANDS]
+    for f in [*means, std_bound, ed_bound, lambda x: survival_bound(x, .2, method="bj")]:
         assert (f(x).value == f(mixed).value).all()
         assert f(x).value == pytest.approx([float(f(row)) for row in x], abs=1e-15)
 
@@ -200,13 +222,15 @@ def test_band_bounds_ignore_order_and_rows_do_not_mix():
 @pytest.mark.parametrize("n", [16, 128, 600])
 def test_never_looser_than_conbo_and_within_its_grid(n):
     rng = np.random.default_rng(n)
-    x = np.clip(rng.beta(*rng.uniform(.3, 6, (2, 334, 1)), (334, n)), 1e-6, 1)      # no mass at 0; three sizes: 1,002 samples
+    # no mass at 0; three sizes: 1,002 samples
+    x = np.clip(rng.beta(*rng.uniform(.3, 6, (2, 334, 1)), (334, n)), 1e-6, 1)
     x[::3] = np.ceil(x[::3] * 10) / 10                                            # ties and atoms
     low, high = expectation_bounds(x, alpha=conbo_alpha(.01, "mean"))[1:]
     ours = mean_bound(x, .01, method="dkw").value
     assert (ours <= high + 1e-12).all() and (high - ours <= 1 / 99 + 1e-12).all()
-    assert (mean_bound(x, .01, "lower", "dkw").value >= low - 1e-12).all()
-    assert (variance_bound(x, .01, method="dkw").value <= variance_bounds(x, alpha=conbo_alpha(.01, "variance"))[2] + 1e-12).all()
+    assert (mean_bound(x, .01, "lower", method="dkw").value >= low - 1e-12).all()
+    theirs = variance_bounds(x, alpha=conbo_alpha(.01, "variance"))[2]
+    assert (variance_bound(x, .01, method="dkw").value <= theirs + 1e-12).all()
     both = expectation_bounds(x, alpha=.01)[2] + 2 * std_bounds(x, alpha=.01)[2]
     assert (ed_bound(x, .01, method="dkw").value <= both + 1e-12).all()
     at = np.array([.1, .25, .8])
@@ -215,7 +239,7 @@ def test_never_looser_than_conbo_and_within_its_grid(n):
 
 def test_standard_deviation_of_coins():
     coins = (np.random.default_rng(0).random((300, 1024)) < .5) * 1.0
-    assert (std_bounds(coins, alpha=.01)[2] >= .5).sum() == 0                      # the fault this package set out to mend
+    assert (std_bounds(coins, alpha=.01)[2] >= .5).sum() == 0  # the fault this package set out to mend
     for method in "dkw", "bj": assert (std_bound(coins, .01, method=method).value >= .5 - ROUNDING).mean() >= .98
     tilted = (np.random.default_rng(1).random((300, 1024)) < .3) * 1.0
     for method in "dkw", "bj": assert std_bound(tilted, .01, method=method).value.mean() <= .48
@@ -230,7 +254,8 @@ def test_shapes_and_number_types():
     for f in functions:
         want = f(x.astype(np.float64)).value
         assert want.shape == (3,) and f(x[:1]).value.shape == (1,) and np.shape(f(x[0]).value) == ()
-        for same in x, x.astype(np.float32), x.tolist(), torch.tensor(x), torch.tensor(x).float(): assert (f(same).value == want).all()
+        for same in x, x.astype(np.float32), x.tolist(), torch.tensor(x), torch.tensor(x).float():
+            assert (f(same).value == want).all()
         assert (f(x > .5).value == f((x > .5).astype(float)).value).all()
         assert (f((x > .5).astype(np.uint8)).value == f((x > .5).astype(float)).value).all()
     assert survival_bound(x, [.1, .2]).value.shape == (3, 2)
@@ -240,15 +265,17 @@ def test_shapes_and_number_types():
 
 def test_thresholds_are_compared_in_the_scores_own_type():
     x = np.array([.1, .1, .3], np.float32)
-    assert float(survival_bound(x, .1, side="lower", method="clopper-pearson")) == float(binary_bound(1, 3, side="lower"))
-    assert float(survival_bound(x.astype(float), .1, side="lower", method="clopper-pearson")) == float(binary_bound(3, 3, side="lower"))
+    for scores, above in (x, 1), (x.astype(float), 3):
+        bound = survival_bound(scores, .1, side="lower", method="clopper-pearson")
+        assert float(bound) == float(binary_bound(above, 3, side="lower"))
 
 def test_missing_draws_count_as_the_worst_case():
     x = np.r_[np.full(5, np.nan), np.random.default_rng(0).random(95)]
     ones, zeros = np.nan_to_num(x, nan=1), np.nan_to_num(x, nan=0)
     for method in MEAN_METHODS:
         assert float(mean_bound(x, method=method, missing="worst")) == float(mean_bound(ones, method=method))
-        assert float(mean_bound(x, side="lower", method=method, missing="worst")) == float(mean_bound(zeros, side="lower", method=method))
+        lower = mean_bound(x, side="lower", method=method, missing="worst")
+        assert float(lower) == float(mean_bound(zeros, side="lower", method=method))
     assert float(survival_bound(x, .5, method="bj", missing="worst")) == float(survival_bound(ones, .5, method="bj"))
     for fill in 0, .5, 1:
         filled = np.nan_to_num(x, nan=fill)
@@ -257,22 +284,48 @@ def test_missing_draws_count_as_the_worst_case():
 BAD = """
 import numpy as np
 from probunlearn.bounds import *
+from probunlearn.bounds import StoppedScores
 x = np.linspace(0, 1, 9)
 calls = {
-    "[0, 1], got nan": lambda: mean_bound([0.1, np.nan]), "got inf": lambda: std_bound([0.1, np.inf]), "got 1.5": lambda: ed_bound([[0.1], [1.5]]),
-    "row 1, column 0": lambda: ed_bound([[0.1], [1.5]]), "got -0.1": lambda: survival_bound([-.1], .5), "got (0,)": lambda: mean_bound([]),
-    "got (1, 1, 1)": lambda: mean_bound([[[.5]]]), "got 0": lambda: mean_bound(x, 0), "got 1": lambda: std_bound(x, 1), "got -1": lambda: ed_bound(x, -1),
-    "got nan": lambda: survival_bound(x, .5, np.nan), "alpha <= 1/2, got 0.6": lambda: mean_bound(x, .6, method="dkw"),
-    "got 'both'": lambda: mean_bound(x, side="both"), "'upper', 'lower', 'two-sided'": lambda: std_bound(x, side="both"), "got 'wald'": lambda: binary_bound(0, 5, method="wald"),
-    "'betting', 'hoeffding'": lambda: mean_bound(x, method="normal"), "'dkw', 'smirnov', 'bj'": lambda: std_bound(x, method="betting"),
-    "one threshold": lambda: survival_bound(x, [.1, .2], method="clopper-pearson"), "at least 1, got 0": lambda: binary_bound(0, 0),
-    "whole numbers in 0..n, got 6": lambda: binary_bound(6, 5), "got 0.5": lambda: binary_bound(.5, 5), "got nan ": lambda: binary_bound(np.nan, 5),
-    "above 0, got 0": lambda: ed_bound(x, k=0), "between 0 and 1, got 2": lambda: draws_needed(2), "got 'mode'": lambda: conbo_alpha(.1, "mode"),
-    "got [0.1 0.2]": lambda: mean_bound(x, np.array([.1, .2])), "real numbers": lambda: mean_bound([.1, .2j]), "at must hold finite thresholds, got nan": lambda: survival_bound(x, np.nan),
-    "leak_at must lie in (0, 1], got 100": lambda: leaked(x, 100), "(0, 1], got 0": lambda: leaked(x, 0), "(0, 1], got nan": lambda: leaked(x, np.nan),
-    "leaks must be a whole number >= 0, got -1": lambda: draws_needed(.1, leaks=-1), "at least 0, got 0.5": lambda: draws_needed(.1, leaks=.5), "got none": lambda: binary_bound([], 5),
-    "got shape (0,)": lambda: jointly(mean_bound, []), "got shape ()": lambda: jointly(binary_bound, 3, n=5), "n was not fixed": lambda: mean_bound(x.view(StoppedScores)),
-    "'error' or 'worst'": lambda: mean_bound(x, missing="drop"), "needs every score": lambda: std_bound([.1, np.nan], side="lower", missing="worst"),
+    "[0, 1], got nan": lambda: mean_bound([0.1, np.nan]),
+    "got inf": lambda: std_bound([0.1, np.inf]),
+    "got 1.5": lambda: ed_bound([[0.1], [1.5]]),
+    "row 1, column 0": lambda: ed_bound([[0.1], [1.5]]),
+    "got -0.1": lambda: survival_bound([-.1], .5),
+    "got (0,)": lambda: mean_bound([]),
+    "got (1, 1, 1)": lambda: mean_bound([[[.5]]]),
+    "got 0": lambda: mean_bound(x, 0),
+    "got 1": lambda: std_bound(x, 1),
+    "got -1": lambda: ed_bound(x, -1),
+    "got nan": lambda: survival_bound(x, .5, np.nan),
+    "alpha <= 1/2, got 0.6": lambda: mean_bound(x, .6, method="dkw"),
+    "got 'both'": lambda: mean_bound(x, side="both"),
+    "'upper', 'lower', 'two-sided'": lambda: std_bound(x, side="both"),
+    "got 'wald'": lambda: binary_bound(0, 5, method="wald"),
+    "'betting', 'hoeffding'": lambda: mean_bound(x, method="normal"),
+    "'dkw', 'smirnov', 'bj'": lambda: std_bound(x, method="betting"),
+    "one threshold": lambda: survival_bound(x, [.1, .2], method="clopper-pearson"),
+    "at least 1, got 0": lambda: binary_bound(0, 0),
+    "whole numbers in 0..n, got 6": lambda: binary_bound(6, 5),
+    "got 0.5": lambda: binary_bound(.5, 5),
+    "got nan ": lambda: binary_bound(np.nan, 5),
+    "above 0, got 0": lambda: ed_bound(x, k=0),
+    "between 0 and 1, got 2": lambda: draws_needed(2),
+    "got 'mode'": lambda: conbo_alpha(.1, "mode"),
+    "got [0.1 0.2]": lambda: mean_bound(x, np.array([.1, .2])),
+    "real numbers": lambda: mean_bound([.1, .2j]),
+    "at must hold finite thresholds, got nan": lambda: survival_bound(x, np.nan),
+    "leak_at must lie in (0, 1], got 100": lambda: leaked(x, 100),
+    "(0, 1], got 0": lambda: leaked(x, 0),
+    "(0, 1], got nan": lambda: leaked(x, np.nan),
+    "leaks must be a whole number >= 0, got -1": lambda: draws_needed(.1, leaks=-1),
+    ">= 0, got 0.5": lambda: draws_needed(.1, leaks=.5),
+    "got none": lambda: binary_bound([], 5),
+    "got shape (0,)": lambda: jointly(mean_bound, []),
+    "got shape ()": lambda: jointly(binary_bound, 3, n=5),
+    "n was not fixed": lambda: mean_bound(x.view(StoppedScores)),
+    "'error' or 'worst'": lambda: mean_bound(x, missing="drop"),
+    "needs every score": lambda: std_bound([.1, np.nan], side="lower", missing="worst"),
 }
 """
 ALL_REFUSED = """
@@ -296,7 +349,8 @@ def test_import_is_light():
 
 def test_claims_say_what_they_rest_on():
     said = str(mean_bound(np.zeros(1024)))
-    for part in "mean score", "at most 0.006", "99 %", "α = 0.01", "n = 1,024", "fixed-n", "per question", "betting": assert part in said
+    for part in "mean score", "at most 0.006", "99 %", "α = 0.01", "n = 1,024", "fixed-n", "per question", "betting":
+        assert part in said
     many = jointly(mean_bound, np.zeros((3, 8)))
     assert "jointly for 3 questions" in str(many) and many.alpha == .01 and "<table>" in many._repr_html_()
     assert (many.value == mean_bound(np.zeros((3, 8)), .01 / 3).value).all()
@@ -309,17 +363,22 @@ def test_printed_bounds_never_promise_more_than_was_proved():
         assert upper <= float(str(binary_bound(leaks, 1024)).split("at most ")[1].split()[0]) <= upper * 1.001
         words = str(binary_bound(leaks, 1024, side="two-sided")).split("between ")[1].split()
         assert float(words[0]) <= low and high <= float(words[2])
-        assert float(str(binary_bound(leaks, 1024, side="lower")).split("at least ")[1].split()[0]) <= float(binary_bound(leaks, 1024, side="lower"))
+        lower = binary_bound(leaks, 1024, side="lower")
+        assert float(str(lower).split("at least ")[1].split()[0]) <= float(lower)
     table = binary_bound(np.arange(100), 1024, side="two-sided")
-    cells = [tuple(map(float, cell.split(", "))) for cell in table._repr_html_().replace("</td>", "<td>").split("<td>")[3::4]]
+    texts = table._repr_html_().replace("</td>", "<td>").split("<td>")[3::4]
+    cells = [tuple(map(float, text.split(", "))) for text in texts]
     assert len(cells) == 100 and all(a <= low and high <= b for (a, b), (low, high) in zip(cells, table.value))
     rng = np.random.default_rng(0)
     for value in np.r_[rng.random(500), -rng.random(500), rng.random(500) * 1e-12, 0, .1, .3, 1]:
-        for digits in 2, 3, 4: assert float(rounded(value, "lower", digits)) <= value <= float(rounded(value, "upper", digits))
-    assert [rounded(v) for v in (.1, .3, .0045, 0, 1, -.25)] == ["0.1", "0.3", "0.0045", "0", "1", "-0.25"]     # no digit without need
+        for digits in 2, 3, 4:
+            assert float(rounded(value, "lower", digits)) <= value <= float(rounded(value, "upper", digits))
+    # no digit without need
+    assert [rounded(v) for v in (.1, .3, .0045, 0, 1, -.25)] == ["0.1", "0.3", "0.0045", "0", "1", "-0.25"]
 
 def test_confidence_is_never_rounded_up():
-    assert [confidence(a) for a in (.05, .01, .07, .001, 1e-4)] == [f"confidence {p} %" for p in ("95", "99", "93", "99.9", "99.99")]
+    for alpha, percent in {.05: "95", .01: "99", .07: "93", .001: "99.9", 1e-4: "99.99"}.items():
+        assert confidence(alpha) == f"confidence {percent} %"
     assert confidence(.01 / 3) == "confidence 99.6666 %" and confidence(0) == "certainty"
     for alpha in 1e-5, 1e-30: assert confidence(alpha) == f"confidence 1 - {alpha:g}"
     assert "confidence 1 - 1e-05" in str(binary_bound(0, 9, 1e-5)) and "100 %" not in str(binary_bound(0, 9, 1e-5))
@@ -337,7 +396,8 @@ def test_a_stopped_run_is_never_reported_as_fixed():
     assert type(as_scores(x, anytime=True)) is np.ndarray and float(mean_bound(np.asarray(x))) > 0
 
 def test_claims_without_a_decoding_say_so():
-    assert "decoding not stated" in str(binary_bound(0, 9)) and "T = 1" in str(Bound(.5, .01, "upper", "x", 8, decoding="T = 1"))
+    assert "decoding not stated" in str(binary_bound(0, 9))
+    assert "T = 1" in str(Bound(.5, .01, "upper", "x", 8, decoding="T = 1"))
     assert "not stated" not in str(Bound(.5, .01, "upper", "x", 8, decoding="T = 1"))
 
 @pytest.mark.slow

@@ -1,14 +1,22 @@
 """Metrics and claims against enumeration, exact miss chances and simulation."""
-import itertools, math
+import itertools
+import math
+import warnings
+
 import numpy as np
 import pytest
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from scipy import stats
+
 from test_bounds import refused
-from probunlearn.bounds import StoppedScores, binary_bound, ed_bound, mean_bound, std_bound, survival_bound
-from probunlearn.metrics import (dataset_claims, diversity, ed_score, extraction_curve, in_uses, leak_at_k, leak_at_k_bound, leakage, leaked, m_bin,
-                                 m_gen, m_mu, m_sigma, seen_mass_bounds)
+from probunlearn.bounds import StoppedScores, binary_bound, ed_bound, leaked, mean_bound, std_bound
+from probunlearn.metrics import (dataset_claims, diversity, ed_score, extraction_curve, in_uses, leak_at_k,
+                                 leak_at_k_bound, leakage, m_bin, m_gen, m_mu, m_sigma, seen_mass_bounds, self_bleu,
+                                 self_rouge)
 from probunlearn.planning import RunPlan, chance_to_certify, forecast_worst, most_leaks
 from probunlearn.questions import certified, difference_bound, pooled_mean, pooled_rate, population_mean, worst_question
+from probunlearn.scores import rouge_l
+from probunlearn.sequential import MeanSequence, RateSequence, mean_ends, rate_ends, rate_evidence
 
 
 def allowed(alpha, runs): return alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
@@ -36,7 +44,8 @@ def test_leakage_rows_agree_with_single_bounds():
     table = leakage(x, leak_at=.75, alpha=.05)
     assert {len(column) for column in table.values()} == {5}
     assert (table["leaks"] == (x >= np.float32(.75)).sum(1)).all()
-    for name, bound in dict(mean_upper=mean_bound, std_upper=std_bound, ed_upper=ed_bound).items(): assert (table[name] == bound(x, .05).value).all()
+    for name, bound in dict(mean_upper=mean_bound, std_upper=std_bound, ed_upper=ed_bound).items():
+        assert (table[name] == bound(x, .05).value).all()
     gaps = np.where(np.arange(100) < 2, np.nan, x)
     assert (leakage(gaps, .75, missing="worst")["leaks"] == leaked(gaps, .75).sum(1)).all()
     with pytest.raises(ValueError, match="nan in row 0"): leakage(gaps)
@@ -44,7 +53,8 @@ def test_leakage_rows_agree_with_single_bounds():
 def test_leak_at_k_is_the_mean_over_all_subsets():
     rng = np.random.default_rng(2)
     for x in rng.random(9), rng.integers(0, 2, 9), np.zeros(9), np.ones(9):
-        for k in range(1, 10): assert leak_at_k(x, k) == pytest.approx(np.mean([max(s) for s in itertools.combinations(x, k)]), abs=1e-14)
+        for k in range(1, 10):
+            assert leak_at_k(x, k) == pytest.approx(np.mean([max(s) for s in itertools.combinations(x, k)]), abs=1e-14)
     assert leak_at_k(np.ones((1, 3)), 2).shape == (1,)
     for bad in 0, 10, 1.5:
         with pytest.raises(ValueError, match=f"got {bad}"): leak_at_k(np.zeros(9), bad)
@@ -55,9 +65,10 @@ def test_leak_at_k_bound_covers(method):
     for p in .01, .3:
         x = (np.random.default_rng(3).random((runs, 128)) < p) * 1.0
         missed = np.zeros(runs, bool)
-        for k in 1, 4, 32, 500: missed |= leak_at_k_bound(x, k, alpha, method).value < 1 - (1 - p)**k - 1e-12
+        for k in 1, 4, 32, 500: missed |= leak_at_k_bound(x, k, alpha, method=method).value < 1 - (1 - p)**k - 1e-12
         assert missed.mean() <= allowed(alpha, runs)                                   # all k at once
-    assert float(leak_at_k_bound(x[0], 1, alpha, "bj")) == pytest.approx(float(mean_bound(x[0], alpha, method="bj")), abs=1e-12)
+    one = float(leak_at_k_bound(x[0], 1, alpha, method="bj"))
+    assert one == pytest.approx(float(mean_bound(x[0], alpha, method="bj")), abs=1e-12)
 
 def test_leak_at_k_bound_refuses():
     with pytest.raises(ValueError, match="0 or 1"): leak_at_k_bound([.5], 2, method="clopper-pearson")
@@ -87,7 +98,8 @@ def test_seen_mass_bounds_hold_for_every_completion():
 def test_diversity():
     same, different = diversity(["a b c"] * 4), diversity(["a b", "c d", "e f", "g h"])
     assert same["distinct_answers"] == .25 and same["answer_entropy"] == 0 and same["distinct_1"] == .25
-    assert different["distinct_answers"] == different["distinct_1"] == different["distinct_2"] == 1 and different["answer_entropy"] == 2
+    assert different["distinct_answers"] == different["distinct_1"] == different["distinct_2"] == 1
+    assert different["answer_entropy"] == 2
     assert diversity(["", " "])["empty"] == 1
     with pytest.raises(ValueError, match="at least one answer"): diversity([])
 
@@ -107,7 +119,8 @@ def test_pooled_rate_never_misses_more_than_alpha():
 
 def test_pooled_rate_is_clopper_pearson_on_the_pooled_count_away_from_its_edge():
     for n in 4, 50, 1000:
-        for s in range(0, n - 1, max(n // 10, 1)): assert float(pooled_rate([s], n, .25)) == pytest.approx(stats.beta.isf(.25, s + 1, n - s), abs=1e-12)
+        for s in range(0, n - 1, max(n // 10, 1)):
+            assert float(pooled_rate([s], n, .25)) == pytest.approx(stats.beta.isf(.25, s + 1, n - s), abs=1e-12)
     assert float(pooled_rate([99], 100, .01)) == 1
     assert float(pooled_rate([1, 2], 25)) == float(pooled_rate([3], 50)) == float(pooled_rate([1, 2], [25, 25]))
     with pytest.raises(ValueError, match="same for every question, got 10 to 40"): pooled_rate([1, 2], [10, 40])
@@ -131,9 +144,10 @@ def test_holm_lists_no_wrong_question():
     assert lists[:, p >= tau].any(1).mean() <= allowed(alpha, runs)
     assert lists[:, :2].mean() > .95
     bonferroni = stats.binom.cdf(leaks, 200, tau) <= alpha / 8
-    assert (lists | ~bonferroni).all()                                                # Holm lists all that Bonferroni does
+    assert (lists | ~bonferroni).all()  # Holm lists all that Bonferroni does
     from statsmodels.stats.multitest import multipletests
-    for row, found in zip(leaks[:5], lists): assert (multipletests(stats.binom.cdf(row, 200, tau), alpha, "holm")[0] == found).all()
+    for row, found in zip(leaks[:5], lists):
+        assert (multipletests(stats.binom.cdf(row, 200, tau), alpha, "holm")[0] == found).all()
 
 def test_worst_question_covers():
     p, runs, alpha = np.array([0, .01, .2, .2, .2]), 2000, .05
@@ -156,7 +170,8 @@ def test_population_mean_covers():
     x = rng.random((runs, 60, 16)) < p[..., None]
     bounds = [population_mean(rows, alpha) for rows in x]
     assert np.mean([float(bound) < .3 / 3.3 for bound in bounds]) <= allowed(alpha, runs)
-    assert bounds[0].n == 60 and "n = 60" in str(bounds[0]) and "16 draws each" in str(bounds[0])  # questions are the observations
+    # questions are the observations
+    assert bounds[0].n == 60 and "n = 60" in str(bounds[0]) and "16 draws each" in str(bounds[0])
 
 def test_dataset_claims():
     x = np.zeros((40, 1024))
@@ -170,13 +185,57 @@ def test_dataset_claims():
     assert all(claim.alpha == .002 for claim in shared.values()) and "random sample" in str(shared["population"])
     gaps = x.copy()
     gaps[1, 0] = np.nan
-    assert float(dataset_claims(gaps, missing="worst")["average leak"]) == float(pooled_rate(np.nan_to_num(gaps, nan=1).sum(1), 1024))
+    average = dataset_claims(gaps, missing="worst")["average leak"]
+    assert float(average) == float(pooled_rate(np.nan_to_num(gaps, nan=1).sum(1), 1024))
     stopped = x.view(StoppedScores)
-    for fixed in (dataset_claims, leakage, pooled_mean, population_mean, lambda x: difference_bound(x, x), lambda x: leak_at_k_bound(x, 2), lambda x: leak_at_k(x, 2),
-                  *(lambda x, f=f: f(leaked(x).sum(1), 1024) for f in (worst_question, certified, pooled_rate, m_bin))):
+    of_counts = [lambda x, f=f: f(leaked(x).sum(1), 1024) for f in (worst_question, certified, pooled_rate, m_bin)]
+    for fixed in (dataset_claims, leakage, pooled_mean, population_mean, lambda x: difference_bound(x, x),
+                  lambda x: leak_at_k_bound(x, 2), lambda x: leak_at_k(x, 2), *of_counts):
         with pytest.raises(ValueError, match="n was not fixed"): fixed(stopped)
     assert ed_score(stopped).shape == (40,)                                            # an estimate, no claim
-    for claim in claims.values(): assert "α = 0.01" in str(claim) and "question" in str(claim) and "fixed-n" in str(claim)
+    for claim in claims.values():
+        assert "α = 0.01" in str(claim) and "question" in str(claim) and "fixed-n" in str(claim)
+
+
+# At every look
+
+def test_anytime_claims_are_the_sequences_and_one_holm():
+    rng = np.random.default_rng(20)
+    for Q, n in (1, 1), (1, 40), (6, 200), (40, 64):
+        x = np.where(rng.random((Q, n)) < .9, 0, rng.random((Q, n)).round(1))
+        x[rng.random((Q, n)) < .02] = np.nan
+        claims = dataset_claims(x, .05, .5, tau=.1, missing="worst", anytime=True)
+        leaks, most = leaked(x, .5), np.nan_to_num(x, nan=1)
+        counts = leaks.sum(1)
+        assert claims["worst question"].value == rate_ends(counts, n, .05 / Q, "upper").max()
+        p = np.exp(-np.maximum(rate_evidence(counts, n, .1, "below"), 0))
+        passed = np.sort(p) <= .05 / np.arange(Q, 0, -1)
+        assert claims["certified questions"].value == (Q if passed.all() else passed.argmin())
+        assert claims["average score"].value == float(pooled_mean(most, .05, anytime=True))
+        assert claims["average leak"].value == float(pooled_mean(leaks * 1., .05, anytime=True))
+        assert {claim.sampling for claim in claims.values()} == {"anytime"}
+        rows = leakage(x, .5, .05, missing="worst", anytime=True)
+        assert (rows["rate_upper"] == RateSequence(.05).add(leaks).bound.value).all()
+        assert (rows["mean_upper"] == MeanSequence(.05).add(most).bound.value).all()
+        fixed = leakage(x, .5, .05, missing="worst")
+        assert all((rows[name] == fixed[name]).all() for name in rows if not name.endswith("upper"))
+        assert [name for name in fixed if name not in rows] == ["std_upper", "ed_upper"]
+
+
+def test_the_average_of_one_question_is_its_mean():
+    x = np.random.default_rng(21).beta(2, 8, (1, 300))
+    assert float(pooled_mean(x, .05, anytime=True)) == pytest.approx(mean_ends(x, .05, "upper")[0], abs=1e-12)
+
+
+def test_what_holds_at_every_look_takes_stopped_scores():
+    x = (np.random.default_rng(22).random((3, 90)) < .1) * 1.
+    stopped = x.view(StoppedScores)
+    for f in dataset_claims, pooled_mean:
+        assert str(f(stopped, anytime=True)) == str(f(x, anytime=True))
+    assert (leakage(stopped, anytime=True)["rate_upper"] == leakage(x, anytime=True)["rate_upper"]).all()
+    assert (certified(leaked(stopped).sum(1), 90, .5, anytime=True) == certified(x.sum(1), 90, .5, anytime=True)).all()
+    with pytest.raises(ValueError, match="fixed in advance"): dataset_claims(x, anytime=True, random_sample=True)
+    with pytest.raises(ValueError, match="one count per question"): worst_question(3, 9, anytime=True)
 
 
 # Planning
@@ -192,7 +251,8 @@ def test_chance_to_certify_is_the_share_of_runs_that_do():
 
 def test_run_plan_agrees_with_the_bounds_it_announces():
     text = str(RunPlan(1024, 400))
-    for part in "0.004488", "0.0103", "1.125e-05", "up to 3 leaks", "needs 1,055 draws", "α = 0.01", "fixed-n": assert part in text
+    for part in "0.004488", "0.0103", "1.125e-05", "up to 3 leaks", "needs 1,055 draws", "α = 0.01", "fixed-n":
+        assert part in text
     assert "impossible" not in str(RunPlan(1055, 400))
 
 def test_forecast_is_tested_before_it_is_believed():
@@ -201,9 +261,12 @@ def test_forecast_is_tested_before_it_is_believed():
     forecast = forecast_worst(p[:4000], 40_000)
     assert forecast.factor < 3 and 1 / 3 < forecast.value / p.max() < 3 and "not a bound" in str(forecast)
     hidden = np.where(np.arange(2000) < 2, .9, rng.beta(2, 2000, 2000))
-    with pytest.warns(UserWarning, match="do not extrapolate"): assert "NOT to be trusted" in str(forecast_worst(hidden, 20_000))
-    with pytest.warns(UserWarning, match="asked for 40 times the 1,000"): assert "NOT tested at 40 times" in str(forecast_worst(p[:1000], 40_000))
-    with pytest.raises(ValueError, match="at least 100 probabilities above 0, got 99"): forecast_worst(np.where(np.arange(1000) < 99, p[:1000], 0), 5000)
+    with pytest.warns(UserWarning, match="do not extrapolate"):
+        assert "NOT to be trusted" in str(forecast_worst(hidden, 20_000))
+    with pytest.warns(UserWarning, match="asked for 40 times the 1,000"):
+        assert "NOT tested at 40 times" in str(forecast_worst(p[:1000], 40_000))
+    with pytest.raises(ValueError, match="at least 100 probabilities above 0, got 99"):
+        forecast_worst(np.where(np.arange(1000) < 99, p[:1000], 0), 5000)
     for bad in p[:50], np.full(200, 2.0), np.full(200, np.nan):
         with pytest.raises(ValueError, match="p must be"): forecast_worst(bad, 10**6)
     with pytest.raises(ValueError, match="at least the 1000"): forecast_worst(p[:1000], 10)
@@ -213,7 +276,7 @@ def test_forecast_is_tested_before_it_is_believed():
 
 BAD = """
 import numpy as np
-from probunlearn.bounds import mean_bound, binary_bound
+from probunlearn.bounds import binary_bound, mean_bound
 from probunlearn.sequential import *
 from probunlearn.questions import *
 from probunlearn.planning import *
@@ -221,22 +284,52 @@ from probunlearn.metrics import *
 x = np.linspace(0, 1, 9)
 bound = binary_bound(0, 9)
 calls = {
-    "leak_at must lie in (0, 1], got 100": lambda: Claim(.1, leak_at=100), "(0, 1], got nan": lambda: Claim(.1, leak_at=np.nan), "below must": lambda: Claim(1),
-    "between 0 and 1, got 7": lambda: RateSequence(7), "'two-sided', got 'both'": lambda: MeanSequence(side="both"), "use MeanSequence": lambda: RateSequence().add(x),
-    "new ones of 3": lambda: MeanSequence().add(np.zeros((2, 4))).add(np.zeros((3, 4))), "new ones (3,)": lambda: RateSequence().add(np.zeros((2, 4))).add(np.zeros((3, 4))),
-    "got 2 rows": lambda: certify(Claim(.1), [x, x]), "batch must be a whole number of at least 1, got 0": lambda: sample_until(lambda a, b: x, Claim(.1), batch=0),
-    "budget must be a whole number of at least 1, got 0.5": lambda: sample_until(lambda a, b: x, Claim(.1), budget=.5), "must return 256 scores": lambda: sample_until(lambda a, b: x, Claim(.1)),
-    "increasing": lambda: plan_looks((9, 5)), "a look must be a whole": lambda: plan_looks((9.5, 12)), "leaks must be 0 or 1": lambda: plan_looks((5,), .5).verdict(x),
-    "looks must be a whole number of at least 1, got -2": lambda: looked(bound, -2), "models must be a whole number of at least 1, got 1.5": lambda: looked(bound, 1, 1.5), "after 100 looks at 1 model:": lambda: looked(bound, 100),
-    "got shape (0,)": lambda: worst_question([], 9), "leaks must be whole numbers in 0..n, got [12]": lambda: certified([12], 9), "tau must": lambda: certified([1], 9, 2), "got none": lambda: certified([], 9),
-    "one count per question": lambda: certified(3, 9), "same for every question": lambda: pooled_rate([1, 2], [4, 5]), "'kl', got 'bj'": lambda: pooled_mean(x, method="bj"),
-    "got nan": lambda: population_mean([[np.nan]]), "same questions": lambda: difference_bound(x, x[:3]),
-    "n must be a whole number of at least 1, got 0": lambda: most_leaks(0), "at least 1, got 2.5": lambda: most_leaks(2.5), "[0, 1], got 1.5": lambda: chance_to_certify(1.5, 9),
-    "questions must be a whole number of at least 1, got 0": lambda: RunPlan(9, 0), "got -1": lambda: RunPlan(-1), "p must be": lambda: forecast_worst([.1], 9), "above 0, got 0": lambda: forecast_worst(np.zeros(200), 900),
-    "k must be at least 0, got -1": lambda: ed_score(x, -1), "between 1 and the 9": lambda: leak_at_k(x, 10), "at least 1, got 0 ": lambda: leak_at_k_bound(x, 0),
-    "p must hold probabilities in [0, 1], got 2": lambda: extraction_curve(2, 1), "got nan ": lambda: extraction_curve(np.nan, 1), "uses must be at least 0, got -1": lambda: extraction_curve(.1, -1),
-    "uses must be a whole number of at least 1, got 0": lambda: in_uses(bound, 0), "got 'the mean score'": lambda: in_uses(mean_bound(x), 5),
-    "probabilities must": lambda: seen_mass_bounds([2], [1]), "at least one answer": lambda: diversity([]), "alpha must": lambda: dataset_claims(x, alpha=2), "leak_at must": lambda: leakage([x], leak_at=2),
+    "leak_at must lie in (0, 1], got 100": lambda: Claim(.1, leak_at=100),
+    "(0, 1], got nan": lambda: Claim(.1, leak_at=np.nan),
+    "below must": lambda: Claim(1),
+    "between 0 and 1, got 7": lambda: RateSequence(7),
+    "'two-sided', got 'both'": lambda: MeanSequence(side="both"),
+    "use MeanSequence": lambda: RateSequence().add(x),
+    "new ones of 3": lambda: MeanSequence().add(np.zeros((2, 4))).add(np.zeros((3, 4))),
+    "new ones (3,)": lambda: RateSequence().add(np.zeros((2, 4))).add(np.zeros((3, 4))),
+    "got 2 rows": lambda: certify(Claim(.1), [x, x]),
+    "batch must be a whole number >= 1, got 0": lambda: sample_until(lambda a, b: x, Claim(.1), batch=0),
+    "budget must be a whole number >= 1, got 0.5": lambda: sample_until(lambda a, b: x, Claim(.1), budget=.5),
+    "must return 256 scores": lambda: sample_until(lambda a, b: x, Claim(.1)),
+    "increasing": lambda: plan_looks((9, 5)),
+    "a look must be a whole": lambda: plan_looks((9.5, 12)),
+    "leaks must be 0 or 1": lambda: plan_looks((5,), .5).verdict(x),
+    "looks must be a whole number >= 1, got -2": lambda: looked(bound, -2),
+    "models must be a whole number >= 1, got 1.5": lambda: looked(bound, 1, 1.5),
+    "after 100 looks at 1 model:": lambda: looked(bound, 100),
+    "got shape (0,)": lambda: worst_question([], 9),
+    "leaks must be whole numbers in 0..n, got [12]": lambda: certified([12], 9),
+    "tau must": lambda: certified([1], 9, 2),
+    "got none": lambda: certified([], 9),
+    "one count per question": lambda: certified(3, 9),
+    "same for every question": lambda: pooled_rate([1, 2], [4, 5]),
+    "'kl', got 'bj'": lambda: pooled_mean(x, method="bj"),
+    "got nan": lambda: population_mean([[np.nan]]),
+    "same questions": lambda: difference_bound(x, x[:3]),
+    "n must be a whole number >= 1, got 0": lambda: most_leaks(0),
+    ">= 1, got 2.5": lambda: most_leaks(2.5),
+    "[0, 1], got 1.5": lambda: chance_to_certify(1.5, 9),
+    "questions must be a whole number >= 1, got 0": lambda: RunPlan(9, 0),
+    "got -1": lambda: RunPlan(-1),
+    "p must be": lambda: forecast_worst([.1], 9),
+    "above 0, got 0": lambda: forecast_worst(np.zeros(200), 900),
+    "k must be at least 0, got -1": lambda: ed_score(x, -1),
+    "between 1 and the 9": lambda: leak_at_k(x, 10),
+    ">= 1, got 0 ": lambda: leak_at_k_bound(x, 0),
+    "p must hold probabilities in [0, 1], got 2": lambda: extraction_curve(2, 1),
+    "got nan ": lambda: extraction_curve(np.nan, 1),
+    "uses must be at least 0, got -1": lambda: extraction_curve(.1, -1),
+    "uses must be a whole number >= 1, got 0": lambda: in_uses(bound, 0),
+    "got 'the mean score'": lambda: in_uses(mean_bound(x), 5),
+    "probabilities must": lambda: seen_mass_bounds([2], [1]),
+    "at least one answer": lambda: diversity([]),
+    "alpha must": lambda: dataset_claims(x, alpha=2),
+    "leak_at must": lambda: leakage([x], leak_at=2),
 }
 """
 
@@ -250,8 +343,56 @@ def test_missing_draws_widen_population_and_difference_bounds():
     holes[:, 3] = np.nan
     most, least = np.nan_to_num(holes, nan=1), np.nan_to_num(holes, nan=0)
     low, high = population_mean(holes, .01, "two-sided", missing="worst").value
-    assert high == population_mean(most, .01, "two-sided").value[1] and low == population_mean(least, .01, "two-sided").value[0]
+    assert high == population_mean(most, .01, "two-sided").value[1]
+    assert low == population_mean(least, .01, "two-sided").value[0]
     wide, narrow = difference_bound(holes, y, .01, missing="worst").value, difference_bound(x, y, .01).value
     assert (wide[:, 0] <= narrow[:, 0]).all() and (wide[:, 1] >= narrow[:, 1]).all()
     for bound in (population_mean, lambda z: difference_bound(z, y)):
         with pytest.raises(ValueError, match="nan"): bound(holes)
+
+
+# Self-BLEU and self-ROUGE, against nltk and against all pairs
+
+WORDS = "the a town sea born Lisbon Rome writes writing wrote".split()
+
+
+def answers(rng, n, repeats=True):
+    "n answers of up to nine words, some of them repeated."
+    first = [" ".join(rng.choice(WORDS, rng.integers(1, 10))) for _ in range(n)]
+    return list(rng.choice(first, n)) if repeats else first
+
+
+def test_self_bleu_is_nltks_bleu_against_all_others():
+    rng, smooth = np.random.default_rng(0), SmoothingFunction().method1
+    for case in range(60):
+        texts = answers(rng, rng.integers(2, 12), repeats=case % 2)
+        words = [t.lower().split() for t in texts]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            theirs = [sentence_bleu(words[:i] + words[i + 1:], own, smoothing_function=smooth)
+                      for i, own in enumerate(words)]
+        assert self_bleu(texts) == pytest.approx(np.mean(theirs), abs=1e-12)
+
+
+def test_self_rouge_is_the_mean_over_all_pairs_of_draws():
+    rng = np.random.default_rng(1)
+    for case in range(60):
+        texts = answers(rng, rng.integers(2, 12), repeats=case % 2)
+        pairs = [rouge_l(a, b).f1 for a, b in itertools.permutations(texts, 2)]
+        assert self_rouge(texts) == pytest.approx(np.mean(pairs), abs=1e-12)
+
+
+def test_silence_and_repetition_are_not_variety():
+    for measure in self_bleu, self_rouge:
+        assert measure([""] * 5) == measure(["one two three four"] * 5) == 1
+        assert measure(["alpha", "beta", "gamma"]) == 0
+        with pytest.raises(ValueError, match="at least two, got 1"): measure(["alone"])
+
+
+def test_diversity_reports_them_when_asked():
+    texts = ["a b c", "a b d", "a b c"]
+    plain, full = diversity(texts), diversity(texts, pairs=True)
+    assert {k: full[k] for k in plain} == plain and set(full) - set(plain) == {"self_bleu", "self_rouge"}
+    assert full["self_bleu"] == self_bleu(texts) and full["self_rouge"] == self_rouge(texts)
+    alone = diversity(["a b"], pairs=True)
+    assert np.isnan([alone["self_bleu"], alone["self_rouge"]]).all()

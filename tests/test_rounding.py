@@ -1,4 +1,5 @@
-"Wherever a bound is printed behind ≤ or ≥, the printed number is on the safe side: 200 bounds from 1e-6 to 1 through each place. Nearest rounding fails half of them."
+"""Wherever a bound is printed behind ≤ or ≥, the printed number is on the safe side: 200 bounds from 1e-6 to 1 through
+each place. Nearest rounding fails half of them."""
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -31,12 +32,14 @@ def check(printed, values, side="upper"):
 
 def a_report(leaks, n=512):
     qas = [QA(f"q{i}", f"Question {i}?", "Zorplax.", ("Zorplax",)) for i in range(len(leaks))]
-    return Report("m", Asked(qas, [draws_from_texts(qa.id, ["Zorplax"] * int(k) + ["no"] * (n - int(k))) for qa, k in zip(qas, leaks)], [draws_from_texts(qa.id, ["no"]) for qa in qas]))
+    draws = [draws_from_texts(qa.id, ["Zorplax"] * int(k) + ["no"] * (n - int(k))) for qa, k in zip(qas, leaks)]
+    return Report("m", Asked(qas, draws, [draws_from_texts(qa.id, ["no"]) for qa in qas]))
 
 
 def cells(html):
     "Rows of the tables in a page, as texts."
-    return [[re.sub("<[^>]+>", "", cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S)] for row in re.findall(r"<tr[^>]*>(.*?)</tr>", html, re.S)]
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in re.findall(r"<tr[^>]*>(.*?)</tr>", html, re.S)]
+    return [[re.sub("<[^>]+>", "", cell) for cell in row] for row in rows]
 
 
 def column(rows, name):
@@ -57,7 +60,8 @@ def a_board(monkeypatch):
     "A board of 200 rows whose bounds are `VALUES`."
     report = a_report([0, 3], 64)
     board, row = Board([replace(report, name=f"m{i:03}") for i in range(3)]), report.summary()
-    frame = pd.DataFrame([row | dict(bound=v, worst=v) for v in VALUES], index=pd.Index([f"m{i:03}" for i in range(len(VALUES))], name="model"))
+    names = pd.Index([f"m{i:03}" for i in range(len(VALUES))], name="model")
+    frame = pd.DataFrame([row | dict(bound=v, worst=v) for v in VALUES], index=names)
     monkeypatch.setattr(board, "to_frame", lambda: frame)
     monkeypatch.setattr(board, "plot", lambda ax: ax.set_title("not drawn here"))
     return board
@@ -66,14 +70,16 @@ def a_board(monkeypatch):
 def test_the_page_and_the_card_of_a_board(monkeypatch):
     board = a_board(monkeypatch)
     rows = cells(board.body())
-    card = [[cell.strip() for cell in line.strip("|").replace("\\", "").split("|")] for line in board.card().splitlines() if line.startswith("| m")]
+    lines = [line.strip("|").replace("\\", "") for line in board.card().splitlines() if line.startswith("| m")]
+    card = [[cell.strip() for cell in line.split("|")] for line in lines]
     for name in ("average P(leak) ≤", "worst P(leak) ≤"):
         check(column(rows, name), VALUES)
         check(column(card, name), VALUES)
 
 
 def test_the_rounds_of_re_unlearning():
-    said = [Rounds(alpha, 3).claim(dict(round=1, leaks=0, draws=9, bound=v, new=0)) for v, alpha in zip(VALUES, VALUES[::-1])]
+    row = dict(round=1, leaks=0, draws=9, new=0)
+    said = [Rounds(alpha, 3).claim(row | dict(bound=v)) for v, alpha in zip(VALUES, VALUES[::-1])]
     check([re.search(r"at most (\S+);", s)[1] for s in said], VALUES)
     check([re.search(r"α = (\S+) of", s)[1] for s in said], VALUES[::-1] / 3)
 
@@ -87,9 +93,11 @@ def test_the_bar_of_a_run(monkeypatch):
     monkeypatch.setattr(evaluation, "tqdm", Bar)
     monkeypatch.setattr(evaluation, "_check_made", lambda run, made: None)
     values, qas = sorted(VALUES), [QA(f"q{i}", "?", "!") for i in range(len(VALUES))]
-    run = SimpleNamespace(lacking=lambda n, group: qas, questions=dict(forget=qas), draws=lambda qa, kind="draws": SimpleNamespace(n=1))
+    run = SimpleNamespace(lacking=lambda n, group: qas, questions=dict(forget=qas),
+                          draws=lambda qa, kind="draws": SimpleNamespace(n=1))
     lm = SimpleNamespace(device=SimpleNamespace(type="cpu"))
-    evaluation._fill(run, lm, None, "forget", 1, None, 0, None, None, (0, 1), True, lambda d, qa: values[int(qa.id[1:])])
+    def bound(d, qa): return values[int(qa.id[1:])]
+    evaluation._fill(run, lm, None, "forget", 1, None, 0, None, None, (0, 1), True, bound)
     check([text.split("≤ ")[1] for text in Bar.shown], values)
 
 
@@ -99,10 +107,11 @@ def test_a_sweep():
 
 
 def test_a_grid():
-    rows = [dict(name=f"m{i:03}", split="s", seed=0, greedy=0., rate=0., bound=v, worst=v, retain=1.) for i, v in enumerate(VALUES)]
+    same = dict(split="s", seed=0, greedy=0., rate=0., retain=1.)
+    rows = [same | dict(name=f"m{i:03}", bound=v, worst=v) for i, v in enumerate(VALUES)]
     grid, by_bound = Grid(rows), np.sort(VALUES)
     shown = [row for row in cells(grid._repr_html_()) if any(re.fullmatch(r"m\d{3}", cell) for cell in row)]
-    lines = [line.replace("bound above 0.8", "").split() for line in repr(grid).splitlines()[2:]]       # without the verdict
+    lines = [line.replace("bound above 0.8", "").split() for line in repr(grid).splitlines()[2:]]  # without the verdict
     names = list(grid.table())
     for name in ("average P(leak) ≤", "worst seed ≤", "worst P(leak) ≤"):
         check([row[names.index(name) - len(names)] for row in shown], by_bound)

@@ -13,7 +13,7 @@ from scipy.stats import binom
 
 from probunlearn.data import QA
 from probunlearn.draws import Decoding, Draws, draws_from_texts, first_draws, join_draws, save_draws
-from probunlearn.looks import average_ends
+from probunlearn.questions import stratified_betting
 from probunlearn.reading import report_run, versus
 from probunlearn.runs import clear_leftovers, look, open_run, price, read_run
 from probunlearn.sequential import rate_evidence
@@ -242,7 +242,8 @@ def test_looking_and_extending_keeps_the_promise():
     """A leak probability of 3 %; 8 looks from 50 to 400 draws; the run ends at the first look that proves less than 3 %.
     With α = 0.1 at most 10 % of 400 runs may do so; this test fails by chance less than once in 10,000."""
     rng, ends = np.random.default_rng(5), range(50, 401, 50)
-    wrong = sum(any(average_ends(x[:, :n], .1) < .03 for n in ends) for x in ((rng.random((2, 400)) < .03) * 1. for _ in range(400)))
+    def ever_below(x): return any(stratified_betting(x[:, :n], .1, anytime=True) < .03 for n in ends)
+    wrong = sum(ever_below((rng.random((2, 400)) < .03) * 1.) for _ in range(400))
     assert wrong <= binom.ppf(1 - 1e-4, 400, .1)
 
 

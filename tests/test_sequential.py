@@ -1,13 +1,16 @@
 """Anytime bounds under a look after every draw, verdicts, planned looks."""
-import itertools, math
+import itertools
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
+
 from test_bounds import LAWS, ROUNDING
 from probunlearn.bounds import StoppedScores, binary_bound, leaked, mean_bound
 from probunlearn.means import log_wealth
-from probunlearn.sequential import (Claim, LookPlan, MeanSequence, RateSequence, anytime_stake, certify, looked, mean_ends, plan_looks, rate_ends,
-                                    rate_evidence, sample_until)
+from probunlearn.sequential import (Claim, MeanSequence, RateSequence, anytime_stake, certify, looked, mean_ends,
+                                    plan_looks, rate_ends, rate_evidence, sample_until)
 
 RUNS, HORIZON = 2000, 4096
 
@@ -23,14 +26,17 @@ def test_mean_sequence_is_never_wrong_too_often(law):
     rng, wrong = np.random.default_rng(11), {"upper": 0, "lower": 0}
     for _ in range(RUNS // 200):
         x = draw(rng, (200, HORIZON))
-        for side, scores, m in ("upper", x, mean), ("lower", 1 - x, 1 - mean):       # the end is wrong at some look: money above 1/alpha at the truth
-            if m < 1: wrong[side] += (log_wealth(scores, m - ROUNDING, anytime_stake(scores, .05)).max(1) >= math.log(20)).sum()
+        # the end is wrong at some look: money above 1/alpha at the truth
+        for side, scores, m in ("upper", x, mean), ("lower", 1 - x, 1 - mean):
+            if m < 1:
+                money = log_wealth(scores, m - ROUNDING, anytime_stake(scores, .05)).max(1)
+                wrong[side] += (money >= math.log(20)).sum()
     assert max(wrong.values()) / RUNS <= allowed(.05)
 
 def border(p, toward, goal): # at each t, the count beyond which the evidence reaches the goal
     t = np.arange(1, HORIZON + 1)
     inside, outside = (t + 1, np.full(HORIZON, -1)) if toward == "below" else (np.full(HORIZON, -1), t + 1)
-    for _ in range(14):                                                                # evidence is monotone in the count
+    for _ in range(14):  # evidence is monotone in the count
         k = (inside + outside) // 2
         reached = (rate_evidence(np.clip(k, 0, t), t, p, toward) >= goal) & (k >= 0) & (k <= t)
         inside, outside = np.where(reached, inside, k), np.where(reached, k, outside)
@@ -41,7 +47,9 @@ def test_rate_sequence_is_never_wrong_too_often(p, alpha):
     leaks = (np.random.default_rng(12).random((RUNS, HORIZON)) < p).cumsum(1)
     assert (leaks <= border(p, "below", -math.log(alpha))).any(1).mean() <= allowed(alpha)
     assert (leaks >= border(p, "above", -math.log(alpha))).any(1).mean() <= allowed(alpha)
-    assert (rate_evidence(leaks[:20], np.arange(1, HORIZON + 1), p, "below") >= -math.log(alpha)).tolist() == (leaks[:20] <= border(p, "below", -math.log(alpha))).tolist()
+    goal = -math.log(alpha)
+    refuted = rate_evidence(leaks[:20], np.arange(1, HORIZON + 1), p, "below") >= goal
+    assert (refuted == (leaks[:20] <= border(p, "below", goal))).all()
 
 @pytest.mark.parametrize("p", [.002, .01, .2])
 def test_rate_evidence_is_a_fair_game(p):
@@ -49,13 +57,13 @@ def test_rate_evidence_is_a_fair_game(p):
         k = np.arange(n + 1)
         expected = lambda rate: np.exp(stats.binom.logpmf(k, n, rate) + rate_evidence(k, n, p, toward)).sum()
         assert expected(p) == pytest.approx(1, rel=1e-9)                               # exactly 1 at the truth
-        assert expected(p * (1.5 if toward == "below" else .5)) < 1                    # less where the claim is truer still
+        assert expected(p * (1.5 if toward == "below" else .5)) < 1  # less where the claim is truer still
 
 def test_evidence_rises_with_the_rate_so_the_ends_are_ends():
     tau = np.linspace(.001, .999, 400)
     for leaks, n in (0, 50), (3, 80), (40, 41), (500, 1000):
         below, above = rate_evidence(leaks, n, tau, "below"), rate_evidence(leaks, n, tau, "above")
-        below, above = below[below > -3], above[above > -3]                            # further down rounding shows, and nothing depends on it
+        below, above = below[below > -3], above[above > -3]  # further down rounding shows, and nothing depends on it
         assert (np.diff(below) >= -1e-9).all() and (np.diff(above) <= 1e-9).all()
         high, low = float(rate_ends(leaks, n, .01, "upper")), float(rate_ends(leaks, n, .01, "lower"))
         assert low <= leaks / n <= high
@@ -71,7 +79,8 @@ def test_sequences_agree_with_all_draws_at_once_and_only_tighten():
         value = sequence.add(x[:, i:i + 50]).bound.value
         assert value.shape == (3, 2) and (value[:, 0] >= last[..., 0]).all() and (value[:, 1] <= last[..., 1]).all()
         last = value
-    assert value[:, 1] == pytest.approx(mean_ends(x, .025, "upper"), abs=1e-9)         # the maximum over time is in the bound already
+    # the maximum over time is in the bound already
+    assert value[:, 1] == pytest.approx(mean_ends(x, .025, "upper"), abs=1e-9)
     leaks = x > .3
     sequence = RateSequence(.05).add(leaks[:, :100]).add(leaks[:, 100:])
     assert sequence.n == 300 and (sequence.leaks == leaks.sum(1)).all() and sequence.bound.value.shape == (3,)
@@ -111,10 +120,12 @@ def test_verdict_of_the_first_crossing_stays():
 
 def test_verdicts_say_what_they_rest_on():
     said = str(certify(Claim(.01, decoding="T = 1, top-p 0.9"), np.zeros(600)))
-    for part in "Holds", "n = 499", "below 0.01", "α = 0.01", "anytime", "one question", "T = 1, top-p 0.9": assert part in said
+    for part in "Holds", "n = 499", "below 0.01", "α = 0.01", "anytime", "one question", "T = 1, top-p 0.9":
+        assert part in said
     said = str(certify(Claim(.01), np.zeros(9)))
     for part in "Undecided", "α = 0.01", "anytime", "decoding not stated": assert part in said
-    for sequence in RateSequence(decoding="T = 1"), MeanSequence(decoding="T = 1"): assert "T = 1" in str(sequence.add(np.zeros(9)).bound)
+    for sequence in RateSequence(decoding="T = 1"), MeanSequence(decoding="T = 1"):
+        assert "T = 1" in str(sequence.add(np.zeros(9)).bound)
     assert "T = 1" in str(plan_looks((30,), .2, decoding="T = 1").verdict(np.zeros(30)))
 
 def test_a_percentage_is_no_threshold():
@@ -133,11 +144,15 @@ def test_sample_until_stops_resumes_and_counts():
         asked.append((start, stop))
         return stream[start:stop]
     verdict, x = sample_until(pull, Claim(.01), batch=50)
-    assert verdict == certify(Claim(.01), stream) and (x == stream[:len(x)]).all() and verdict.n <= len(x) < verdict.n + 50
+    assert verdict == certify(Claim(.01), stream)
+    assert (x == stream[:len(x)]).all()
+    assert verdict.n <= len(x) < verdict.n + 50
     assert [a for a, _ in asked] == list(range(0, len(x), 50))
     spent, x = sample_until(pull, Claim(.0399), budget=130, batch=50)
     assert spent.outcome == "undecided" and len(x) == spent.n == 130
-    assert isinstance(x, StoppedScores) and "anytime" in str(MeanSequence().add(x).bound) and certify(Claim(.0399), x) == spent
+    assert isinstance(x, StoppedScores)
+    assert "anytime" in str(MeanSequence().add(x).bound)
+    assert certify(Claim(.0399), x) == spent
     for fixed in mean_bound, lambda x: binary_bound(leaked(x).sum(), len(x)):
         with pytest.raises(ValueError, match="n was not fixed"): fixed(x)
     with pytest.raises(ValueError, match="must return 256 scores"): sample_until(lambda a, b: np.zeros(3), Claim(.1))
@@ -168,9 +183,11 @@ def test_plan_stops_early_when_it_cannot_win():
 def test_looking_is_paid_for():
     bound = binary_bound(0, 1024, .01)
     assert looked(bound) is bound
-    assert looked(bound, looks=3, models=2).alpha == pytest.approx(.06) and "best of 3 looks at 2 models" in str(looked(bound, 3, 2))
+    assert looked(bound, looks=3, models=2).alpha == pytest.approx(.06)
+    assert "best of 3 looks at 2 models" in str(looked(bound, 3, 2))
     assert "fixed-n" not in str(looked(bound, 3)) and "best of 3 looks at 1 model," in str(looked(bound, 3))
-    assert looked(bound, models=2).sampling == "best of 1 look at 2 models; draw it again with a fresh seed for a fixed-n claim"
+    again = "draw it again with a fresh seed for a fixed-n claim"
+    assert looked(bound, models=2).sampling == f"best of 1 look at 2 models; {again}"
     for bad in dict(looks=0), dict(models=1.5), dict(looks=-2, models=-2):
         with pytest.raises(ValueError, match="whole number >= 1"): looked(bound, **bad)
     with pytest.raises(ValueError, match="fresh seed"): looked(bound, 100)
@@ -182,9 +199,11 @@ def test_missing_draws_count_as_the_worst_case():
     most, least = np.nan_to_num(draws, nan=1), np.nan_to_num(draws, nan=0)
     for sequence in (RateSequence, MeanSequence):
         low, high = sequence(.01, "two-sided", missing="worst").add(draws).bound.value
-        assert high == sequence(.01, "two-sided").add(most).bound.value[1] and low == sequence(.01, "two-sided").add(least).bound.value[0]
+        assert high == sequence(.01, "two-sided").add(most).bound.value[1]
+        assert low == sequence(.01, "two-sided").add(least).bound.value[0]
         with pytest.raises(ValueError, match="nan"): sequence(.01).add(draws)
     for leak_at in (1.0, None):
         lost = np.full(5000, np.nan)
-        assert certify(Claim(.5, .01, leak_at), lost, missing="worst").outcome == "undecided"        # nothing seen proves nothing
+        # nothing seen proves nothing
+        assert certify(Claim(.5, .01, leak_at), lost, missing="worst").outcome == "undecided"
         assert certify(Claim(.05, .01, leak_at), np.zeros(2000), missing="worst").outcome == "holds"

@@ -103,7 +103,7 @@ def test_claims_hold_at_all_settings_and_thresholds_at_once():
 def test_the_claim_is_the_band_of_the_package_and_of_the_picture():
     x = np.random.default_rng(3).random(100)
     bound = leak_claim(x, .3, .05, 10)
-    assert bound.alpha == .05 and list(bound.value) == list(survival_bound(x, .3, .005, "two-sided", "bj").value)
+    assert bound.alpha == .05 and list(bound.value) == list(survival_bound(x, .3, .005, "two-sided", method="bj").value)
     ax = survival_band(x, .05, .3, method="bj", among=10)
     assert ax.lines[-1].get_ydata()[1] == bound.value[1] and "(all 10 settings)" in ax.get_title().replace("\n", " ")
     plt.close("all")
