@@ -19,7 +19,7 @@ import torch
 from .bounds import binary_bound, mean_bound, rounded
 from .data import Template, check_unique, encode_prompt
 from .draws import Decoding
-from .models import answering
+from .weights import answering
 from .plots import COLOURS, style
 from .sampling import encode_prompts
 from .scores import keywords_leaked, plain

@@ -23,7 +23,8 @@ from .draws import Decoding
 from .evaluation import evaluate, run_cost
 from .judges import PHRASE_SCORES
 from .loop import TrainConfig, finetune
-from .models import add_lora, best_device, load_lm, save_lm, small_lm
+from .models import add_lora, load_lm, save_lm, small_lm
+from .weights import best_device
 from .report import Board
 from .scores import check_score
 from .statement import as_command

@@ -19,7 +19,7 @@ from .checks import chosen, is_whole
 from .data import Template, encode
 from .draws import Decoding
 from .law import ONE, token_law
-from .models import answering
+from .weights import answering
 from .plots import COLOURS, style
 from .sampling import encode_prompts
 from .tree import PrefixTree, exits, search

@@ -21,7 +21,8 @@ from .bounds import confidence, rounded
 from .data import Template
 from .draws import fingerprint
 from .evaluation import evaluate, versions
-from .models import add_lora, lm_fingerprint
+from .models import add_lora
+from .weights import lm_fingerprint
 from .plots import COLOURS
 from .training import UnlearnConfig, unlearn
 

@@ -30,7 +30,8 @@ from .draws import Decoding, fingerprint
 from .endpoint import Endpoint, sample_endpoint
 from .judged import calibrate, judged_bound
 from .metrics import dataset_claims
-from .models import best_device, load_lm
+from .models import load_lm
+from .weights import best_device
 from .questions import pooled_rate
 from .scores import SCORES, plain, score_name
 

@@ -17,7 +17,7 @@ from .data import Template
 from .draws import Decoding
 from .head import answer_stats, entropy
 from .memory import exact_memorisation, extraction_strength, min_k, min_k_plus, without_end, zlib_score
-from .models import answering
+from .weights import answering
 from .sampling import greedy
 from .scores import rouge_l
 from .tofu import TofuSplit, mean_loss

@@ -26,7 +26,7 @@ from .checkpoints import load_checkpoint, memory_needed, read_notes, save_checkp
 from .data import Template
 from .draws import fingerprint
 from .losses import answer_mean
-from .models import is_sharded, lm_fingerprint
+from .weights import is_sharded, lm_fingerprint
 from .plots import COLOURS
 
 # %% ../nbs/8_unlearning/05_loop.ipynb #f91be593

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 # %% ../nbs/5_models/03_prefix.ipynb #f2303d1c
-from .models import answering
+from .weights import answering
 
 # %% ../nbs/5_models/03_prefix.ipynb #abb2066f
 def read_prompts(

@@ -14,7 +14,7 @@ from .data import encode
 from .draws import Decoding, Draws, draws_from_tokens
 from .exact import Enumeration, quantity, sequence_logprobs
 from .law import ONE, draw_streams, stream_numbers
-from .models import end_ids
+from .weights import end_ids
 from .sampling import sample
 from .scores import score_answers
 from .tree import exits, grow_from

@@ -16,13 +16,12 @@ from transformers import LogitsProcessor
 
 # %% ../nbs/5_models/05_temperature.ipynb #71a06b5f
 from .bounds import confidence, leaked, rounded
-from .checks import check_alpha
-from .data import Template
+from .checks import check_alpha, check_leak_at
 from .draws import Decoding
 from .metrics import diversity
 from .plots import COLOURS, style
 from .questions import pooled_rate
-from .sampling import greedy, sample
+from .sampling import takes_model
 from .scores import check_score, score_draws, score_name
 
 # %% ../nbs/5_models/05_temperature.ipynb #ad877ed4
@@ -120,20 +119,29 @@ class Sweep:
         return sweep_plot(self.frame, cost, ax)
 
 # %% ../nbs/5_models/05_temperature.ipynb #fc1389bb
-def _cell(lm, tok, forget, retain, rule, decoding, n, n_retain, score, leak_at, alpha, seed, template):
-    "One row of a sweep."
-    def drawn(qas, n): return sample(lm, tok, qas, n, decoding, seed, template, rule, progress=False)
-    def spread(draws): return [sum(diversity(d.texts)[name] for d in draws) / len(draws) for name in ("distinct_answers", "answer_entropy")]
-    f, r = drawn(forget, n), drawn(retain, n_retain)
-    leaks = leaked(score_draws(f, forget, score), leak_at)                                          # (question, draw)
-    row = dict(rule=str(rule or "none"), threshold=getattr(rule, "confidence", float("nan")), temperature=decoding.temperature, mean=leaks.mean(),
-               bound=float(pooled_rate(leaks.sum(1), n, alpha)), some_draw=leaks.any(1).mean(), distinct=spread(f)[0], entropy=spread(f)[1])
-    return row | dict(retain=score_draws(r, retain, score).mean(), retain_distinct=spread(r)[0], retain_entropy=spread(r)[1])
+def _spread(draws):
+    "Mean share of distinct answers, and mean entropy of the answers in bits."
+    found = [diversity(d.texts) for d in draws]
+    return [sum(f[name] for f in found) / len(found) for name in ("distinct_answers", "answer_entropy")]
 
+def _setting(model, forget, retain, decoding, seed, *, n, n_retain, score, leak_at, alpha):
+    "One row of a sweep: what leaks and what is kept by a model as it is asked."
+    f = model.draw(forget, n, decoding, seed, progress=False)
+    r = model.draw(retain, n_retain, decoding, seed, progress=False)
+    leaks = leaked(score_draws(f, forget, score), leak_at)                              # (question, draw)
+    (distinct, entropy), (retain_distinct, retain_entropy) = _spread(f), _spread(r)
+    return dict(rule=str(model.rule or "none"), threshold=getattr(model.rule, "confidence", float("nan")),
+                temperature=decoding.temperature, mean=leaks.mean(), bound=float(pooled_rate(leaks.sum(1), n, alpha)),
+                some_draw=leaks.any(1).mean(), distinct=distinct, entropy=entropy,
+                retain=score_draws(r, retain, score).mean(), retain_distinct=retain_distinct, retain_entropy=retain_entropy)
+
+# %% ../nbs/5_models/05_temperature.ipynb #12466724
+@takes_model
 def sweep(
-    lm, tok,                            # causal LM and tokenizer
+    model,                              # `LocalModel`; its own rule doesn't matter
     forget: list,                       # what must not be known
     retain: list,                       # what must still be answered
+    *,
     rules: list = (None, *map(AdaptiveTemperature, (.5, .7, .9))),
     temperatures: list = (1.0,),
     n: int = 256,                       # draws per forget question
@@ -143,20 +151,23 @@ def sweep(
     alpha: float = 0.01,                # chance that any bound of the sweep is wrong
     decoding: Decoding = Decoding(),    # all but the temperature
     seed: int = 0,
-    template: Template = Template(),
     progress: bool = True,
-):                                      # `Sweep`; ValueError on no settings or questions, and as `sample`
-    "Leak bound, diversity and retain score for every rule at every temperature, with the bounds at alpha / settings (Bonferroni 1936)."
+) -> Sweep:                             # ValueError on no settings or questions, and as `LocalModel.draw`
+    "Leak bound, diversity and retain score for every rule at every temperature, each at alpha / settings (Bonferroni 1936)."
     import pandas as pd
-    check_alpha(alpha); leaked([], leak_at); check_score(score, [*forget, *retain])
+    check_alpha(alpha)
+    check_leak_at(leak_at)
+    check_score(score, [*forget, *retain])
     settings = [(rule, replace(decoding, temperature=t)) for t in temperatures for rule in rules]
-    if not settings: raise ValueError(f"a sweep needs at least one rule (None is one) and one temperature, got {len(rules)} and {len(temperatures)}")
-    shown = leaked(score_draws(greedy(lm, tok, forget, decoding, template), forget, score), leak_at).mean()
+    if not settings:
+        raise ValueError("a sweep needs at least one rule (None is one) and one temperature, "
+                         f"got {len(rules)} and {len(temperatures)}")
+    how = dict(n=n, n_retain=n_retain, score=score, leak_at=leak_at, alpha=alpha / len(settings))
     bar = tqdm(settings, "sweeping", delay=3, mininterval=1, disable=not progress, unit="setting")
-    rows = [_cell(lm, tok, forget, retain, *setting, n, n_retain, score, leak_at, alpha / len(settings), seed, template) for setting in bar]
+    rows = [_setting(model.replace(rule=rule), forget, retain, how_drawn, seed, **how) for rule, how_drawn in bar]
     frame = pd.DataFrame(rows)
-    frame.insert(3, "greedy", shown)
-    return Sweep(frame, alpha, f"{score_name(score)} ≥ {leak_at:g}", n)
+    frame.insert(3, "greedy", leaked(score_draws(model.greedy(forget, decoding), forget, score), leak_at).mean())
+    return Sweep(frame, alpha=alpha, what_leaks=f"{score_name(score)} ≥ {leak_at:g}", n=n)
 
 # %% ../nbs/5_models/05_temperature.ipynb #ce7d0218
 _COSTS = dict(retain="retain score of the draws", retain_entropy="entropy of the answers to retain questions (bits)", entropy="entropy of the answers to forget questions (bits)")

@@ -27,7 +27,7 @@ from .loop import History, TrainConfig, check_start, finetune, train_loop
 from .checks import chosen, need
 from .losses import (answer_mean, answer_sum, ce_u, control_vector, dpo, grad_ascent, i_dont_know, idk, kl_retain, mean_entropy, npo, rmu, satimp, simnpo,
                                 undial, wga)
-from .models import answering, is_sharded
+from .weights import answering, is_sharded
 from .questions import pooled_rate
 from .sampling import greedy, sample
 from .scores import score_draws

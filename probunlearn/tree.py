@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from .data import Template
 from .draws import Decoding
 from .law import ONE, stream_numbers, token_law
-from .models import answering, end_ids
+from .weights import answering, end_ids
 from .prefix import CopiedRows, SharedRows, shares_prefix
 from .sampling import Growth, encode_prompts
 

@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 from probunlearn.batches import processes
 from probunlearn.data import fictional_authors
-from probunlearn.models import lm_fingerprint, save_lm, shard, small_lm
+from probunlearn.models import save_lm, small_lm
+from probunlearn.weights import lm_fingerprint, shard
 from probunlearn.training import UnlearnConfig, unlearn
 
 CONFIGS = dict(

@@ -14,7 +14,8 @@ from distributed_run import CONFIGS, train
 from probunlearn.checkpoints import load_checkpoint, read_notes
 from probunlearn.data import fictional_authors
 from probunlearn.loop import TrainConfig, finetune
-from probunlearn.models import add_lora, lm_fingerprint, load_lm, small_lm
+from probunlearn.models import add_lora, load_lm, small_lm
+from probunlearn.weights import lm_fingerprint
 from probunlearn.training import UnlearnConfig, unlearn
 
 FEW, FEW_KEPT = fictional_authors("forget01"), fictional_authors("retain90")[:4]

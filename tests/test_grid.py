@@ -9,7 +9,8 @@ import pytest
 from probunlearn.data import fictional_authors
 from probunlearn.draws import Decoding
 from probunlearn.grid import Cell, Grid, grid_cells, read_grid, run_cell, run_grid, take_shard, verdict
-from probunlearn.models import lm_fingerprint, small_lm
+from probunlearn.models import small_lm
+from probunlearn.weights import lm_fingerprint
 from probunlearn.training import UnlearnConfig
 
 FORGET, RETAIN = fictional_authors("forget10"), fictional_authors("retain90")

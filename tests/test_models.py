@@ -12,7 +12,8 @@ from probunlearn.data import encode, encode_prompt, fictional_authors
 from probunlearn.draws import Decoding
 from probunlearn.batches import pad_batch
 from probunlearn.losses import answer_mean, answer_stats
-from probunlearn.models import add_lora, best_device, end_ids, lm_fingerprint, load_lm, save_lm, small_lm
+from probunlearn.models import add_lora, load_lm, save_lm, small_lm
+from probunlearn.weights import best_device, end_ids, lm_fingerprint
 from probunlearn.sampling import greedy, sample
 from probunlearn.scores import score_draws
 

@@ -10,7 +10,8 @@ from probunlearn.bounds import binary_bound
 from probunlearn.data import fictional_authors
 from probunlearn.draws import Decoding
 from probunlearn.loop import TrainConfig
-from probunlearn.models import add_lora, lm_fingerprint, small_lm
+from probunlearn.models import add_lora, small_lm
+from probunlearn.weights import lm_fingerprint
 from probunlearn.questions import pooled_rate
 from probunlearn.sampling import sample
 from probunlearn.stress import leaking_answers, quantise, quantised, relearn, round_linear, unlearn_leaks

@@ -15,7 +15,8 @@ from probunlearn.judges import refusal
 from probunlearn.librarian import library
 from probunlearn.loop import History, TrainConfig, check_start, finetune
 from probunlearn.losses import answer_mean
-from probunlearn.models import add_lora, lm_fingerprint, load_lm, save_lm, small_lm
+from probunlearn.models import add_lora, load_lm, save_lm, small_lm
+from probunlearn.weights import lm_fingerprint
 from probunlearn.sampling import greedy, sample
 from probunlearn.training import (ENTROPY_ON, METHODS, Method, UnlearnConfig, keep, leak_probe, model_as_it_was, own_answers, reference_nll, task_vector,
                                   unlearn)

@@ -1,0 +1,72 @@
+"""What the tree before `LocalModel` made: the same seeds give the same draws and weights, and a run folder of then goes on."""
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from probunlearn.data import fictional_authors
+from probunlearn.draws import Decoding
+from probunlearn.evaluation import evaluate
+from probunlearn.models import small_model
+from probunlearn.reading import report_run
+
+BEFORE = Path(__file__).parent/"before"
+VALUES = json.loads((BEFORE/"values.json").read_text())
+FORGET, RETAIN = fictional_authors("forget10"), fictional_authors("retain90")
+SHORT = Decoding(max_new_tokens=48)
+
+
+def digest(draws): return hashlib.sha256(json.dumps([d.texts for d in draws]).encode()).hexdigest()
+
+
+def test_the_same_seed_gives_the_same_draws():
+    kept, model = VALUES["draws"], small_model("retain", device="cpu", dtype=torch.float64)
+    draws = model.draw(FORGET[:10], kept["n"], SHORT, kept["seed"], progress=False)
+    assert digest(draws) == kept["texts"] and [len(d.answers) for d in draws] == kept["distinct"]
+    assert [float(sum(d.logprobs)) for d in draws] == pytest.approx(kept["logprob"], abs=1e-6)
+    assert [d.texts[0] for d in model.greedy(FORGET[:10], SHORT)] == kept["greedy"]
+
+
+def test_an_npo_run_ends_with_the_same_weights():
+    from probunlearn.training import UnlearnConfig, unlearn
+    kept, model = VALUES["npo"], small_model("full", device="cpu", dtype=torch.float64)
+    config = UnlearnConfig(method="npo", beta=8, retain_weight=3, lr=1e-4, steps=6, batch_size=4, lambda_f=1,
+                           lambda_r=-.25, entropy_on="own", seed=3)
+    history = unlearn(model, FORGET[:8], RETAIN[:16], config)
+    assert [row["loss"] for row in history.rows] == pytest.approx(kept["loss"], abs=1e-9)
+    norms = {name: float(p.detach().norm()) for name, p in model.lm.named_parameters()}
+    assert norms == pytest.approx(kept["norms"], rel=1e-9)
+
+
+def without_prompt(value):
+    "The report's JSON as text, without what is new: how the questions were put."
+    if isinstance(value, dict): return {k: without_prompt(v) for k, v in value.items() if k not in ("prompt", "asked")}
+    if isinstance(value, list): return [without_prompt(v) for v in value]
+    return re.sub(r",? asked as '.*?'(?=[,; .)(]|$)", "", value) if isinstance(value, str) else value
+
+
+@pytest.fixture
+def run(tmp_path): return Path(shutil.copytree(BEFORE/"run", tmp_path/"run"))
+
+
+def test_a_run_of_then_reports_the_same(run, tmp_path):
+    then = json.loads((BEFORE/"report.json").read_text())
+    report_run(run, n=256, name="before", n_retain=64, source=then["how"]["source"]).save(tmp_path/"report.html")
+    now = json.loads((tmp_path/"report.json").read_text())
+    assert json.dumps(without_prompt(now), sort_keys=True) == json.dumps(without_prompt(then), sort_keys=True)
+
+
+def test_a_run_of_then_goes_on(run):
+    settings = json.loads((run/"run.json").read_text())["made"]
+    model = small_model("retain", device="cpu")
+    if settings != model.made: pytest.skip(f"drawn with {settings}, here {model.made}")
+    how = dict(decoding=SHORT, seed=7, retain=RETAIN[:2], n_retain=64, name="before", progress=False)
+    grown = evaluate(model, FORGET[:3], 512, out=run, **how)
+    fresh = evaluate(model, FORGET[:3], 512, **how)
+    assert [d.texts for d in grown.forget.draws] == [d.texts for d in fresh.forget.draws]
+    assert grown.anytime and not fresh.anytime
+    with pytest.raises(ValueError, match="another run|another model"): evaluate(small_model("full", device="cpu"), FORGET[:3], 512, out=run, **how)
