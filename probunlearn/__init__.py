@@ -65,7 +65,7 @@ _NOW = {
     "lm_fingerprint": "model.identity",
     "known": "the module recall",
     "librarian": "the module world",
-    "looks": "the module questions",
+    "looks": "anytime=True in the modules questions and metrics",
     "similarity": "the module metrics",
 }
 
