@@ -1,6 +1,16 @@
-"""Scoring against rouge-score and evaluate on the same texts in the same run, and a whole report from text: python benchmarks/scoring.py [--report]"""
-import argparse, random, resource, statistics, sys, tempfile, time
+"""Scoring against rouge-score and evaluate on the same texts in the same run, and a whole report from text.
+
+python benchmarks/scoring.py [--report]
+"""
+import argparse
+import random
+import resource
+import statistics
+import sys
+import tempfile
+import time
 from pathlib import Path
+
 from probunlearn.data import fictional_authors
 from probunlearn.draws import draws_from_texts
 from probunlearn.scores import _KNOWN, score_draws, stems
@@ -13,7 +23,10 @@ PEERS = dict(rouge_score=50, evaluate=4)    # pairs that each peer scores per ro
 def told(qa, n, duplicates, rng):
     "n answers to one question: a part of the reference, then other words, a given share of them repeated."
     words, distinct = qa.answer.split(), round(n * (1 - duplicates))
-    def one(i): return " ".join([*words[:rng.randint(0, len(words))], *rng.choices(VOCABULARY, k=rng.randint(1, 2 * len(words))), str(i)])
+    def one(i):
+        begun = words[:rng.randint(0, len(words))]
+        others = rng.choices(VOCABULARY, k=rng.randint(1, 2 * len(words)))
+        return " ".join([*begun, *others, str(i)])
     first = [one(i) for i in range(distinct)]
     return first + rng.choices(first, k=n - distinct)
 
@@ -21,7 +34,8 @@ def told(qa, n, duplicates, rng):
 def like_evaluate(reference, answer):
     "What `evaluate`'s rouge does for one pair: four kinds of ROUGE, then a bootstrap of the one value."
     from rouge_score import rouge_scorer, scoring
-    scorer, bootstrap = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True), scoring.BootstrapAggregator()
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
+    bootstrap = scoring.BootstrapAggregator()
     bootstrap.add_scores(scorer.score(reference, answer))
     return bootstrap.aggregate()["rougeL"].mid.fmeasure
 
@@ -30,14 +44,17 @@ def peers():
     "The peers' scorers by name, each (reference, answer) -> ROUGE-L."
     from rouge_score.rouge_scorer import RougeScorer
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    found = dict(rouge_score=lambda reference, answer: scorer.score(reference, answer)["rougeL"].recall)
+    def recall(reference, answer): return scorer.score(reference, answer)["rougeL"].recall
     try:
         import evaluate
         rouge = evaluate.load("rouge")
     except (ImportError, OSError) as e:
-        print(f"evaluate's rouge is not to be had here ({type(e).__name__}); its row does the same work by calling rouge_score")
-        return found | {"evaluate": like_evaluate}
-    return found | dict(evaluate=lambda reference, answer: rouge.compute(predictions=[answer], references=[reference], use_stemmer=True)["rougeL"])
+        print(f"evaluate's rouge is not to be had here ({type(e).__name__}); "
+              "its row does the same work by calling rouge_score")
+        return dict(rouge_score=recall, evaluate=like_evaluate)
+    def f1(reference, answer):
+        return rouge.compute(predictions=[answer], references=[reference], use_stemmer=True)["rougeL"]
+    return dict(rouge_score=recall, evaluate=f1)
 
 
 def cpu(call):
@@ -49,7 +66,8 @@ def cpu(call):
 
 def ours(draws, qas, score):
     "Score all draws from cold caches."
-    stems.cache_clear(), _KNOWN.clear()
+    stems.cache_clear()
+    _KNOWN.clear()
     return score_draws(draws, qas, score)
 
 
@@ -60,15 +78,23 @@ def compare(questions, n, rounds):
         texts = [told(qa, n, share, rng) for qa in qas]
         draws = [draws_from_texts(qa.id, said) for qa, said in zip(qas, texts)]
         for name, scorer in scorers.items():
-            score, ratios = dict(rouge_score="rouge_l_recall", evaluate="rouge_l_f1")[name], []
-            for _ in range(rounds):
-                pairs = [(rng.randrange(questions), rng.randrange(n)) for _ in range(PEERS[name])]
-                spent, x = cpu(lambda: ours(draws, qas, score))
-                theirs, values = cpu(lambda: [scorer(qas[q].answer, texts[q][i]) for q, i in pairs])
-                assert values == [x[q, i] for q, i in pairs], f"{name} and we disagree"
-                ratios.append(theirs / len(pairs) / (spent / x.size))
-            print(f"{share:4.0%} duplicates, {questions} x {n:,} draws: {1e6 * spent / x.size:6.2f} us a draw, cold caches; {name} {statistics.median(ratios):8,.0f} times as long "
-                  f"({min(ratios):,.0f} to {max(ratios):,.0f} in {rounds} rounds), {len(pairs) * rounds} scores compared, all equal", flush=True)
+            def pairs(): return [(rng.randrange(questions), rng.randrange(n)) for _ in range(PEERS[name])]
+            found = [one_round(qas, draws, name, scorer, pairs()) for _ in range(rounds)]
+            ours_us, ratios = found[-1][0], [ratio for _, ratio in found]
+            print(f"{share:4.0%} duplicates, {questions} x {n:,} draws: {ours_us:6.2f} us a draw, cold caches; "
+                  f"{name} {statistics.median(ratios):8,.0f} times as long "
+                  f"({min(ratios):,.0f} to {max(ratios):,.0f} in {rounds} rounds), "
+                  f"{PEERS[name] * rounds} scores compared, all equal", flush=True)
+
+
+def one_round(qas, draws, name, scorer, pairs):
+    "(microseconds a draw of ours, how many times longer the peer takes); both must give the same numbers."
+    score = dict(rouge_score="rouge_l_recall", evaluate="rouge_l_f1")[name]
+    texts = {q: draws[q].texts for q, _ in pairs}
+    spent, x = cpu(lambda: ours(draws, qas, score))
+    theirs, values = cpu(lambda: [scorer(qas[q].answer, texts[q][i]) for q, i in pairs])
+    assert values == [x[q, i] for q, i in pairs], f"{name} and we disagree"
+    return 1e6 * spent / x.size, theirs / len(pairs) / (spent / x.size)
 
 
 def report(questions, n):
@@ -77,19 +103,24 @@ def report(questions, n):
     qas, rng = fictional_authors()[:questions], random.Random(1)
     texts = [told(qa, n, .5, rng) for qa in qas]
     start = time.perf_counter()
-    asked = Asked(qas, [draws_from_texts(qa.id, said) for qa, said in zip(qas, texts)], [draws_from_texts(qa.id, said[:1]) for qa, said in zip(qas, texts)])
+    draws = [draws_from_texts(qa.id, said) for qa, said in zip(qas, texts)]
+    greedy = [draws_from_texts(qa.id, said[:1]) for qa, said in zip(qas, texts)]
+    asked = Asked(qas, draws, greedy)
     made = Report("told", asked, score="rouge_l_recall", leak_at=.9)
     scored = time.perf_counter()
-    made.claims, made.to_frame()
+    _ = made.claims
+    made.to_frame()
     bounded = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder: made.save(Path(folder)/"report.html")
     end = time.perf_counter()
-    print(f"{questions} x {n:,} draws of text: scoring {scored - start:.1f} s, claims and table {bounded - scored:.1f} s, page, picture and JSON {end - bounded:.1f} s; "
-          f"{end - start:.1f} s in all, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{questions} x {n:,} draws of text: "
+          f"scoring {scored - start:.1f} s, claims and table {bounded - scored:.1f} s, "
+          f"page, picture and JSON {end - bounded:.1f} s; {end - start:.1f} s in all, peak memory {peak:.2f} GiB")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--questions", type=int, default=400)
     parser.add_argument("--draws", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,4 +1,4 @@
-"""Every notebook cell as a test of its own: `pytest -m notebook -k bounds`. With NBFLAGS="slow cuda" the flagged cells run, too.
+"""Every notebook cell as a test of its own: `pytest -m notebook -k bounds`. With NBFLAGS="slow cuda" flagged ones, too.
 
 `make test` leaves these out, as nbdev_test runs the same cells.
 """
@@ -12,6 +12,7 @@ from cells import code_cells, notebooks, skip_reason
 
 FLAGS = os.environ.get("NBFLAGS", "").split()
 CELLS = {path: code_cells(path) for path in notebooks()}
+NUMBERED = [pytest.param(path, i, id=f"{path.stem}-{i:02}") for path, cells in CELLS.items() for i in range(len(cells))]
 
 
 @lru_cache(maxsize=1)
@@ -21,7 +22,7 @@ def lesson(path):
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("path, number", [pytest.param(path, i, id=f"{path.stem}-{i:02}") for path, cells in CELLS.items() for i in range(len(cells))])
+@pytest.mark.parametrize("path, number", NUMBERED)
 def test_cell(path, number, monkeypatch):
     if reason := skip_reason(CELLS[path][number], FLAGS): pytest.skip(reason)
     monkeypatch.setenv("IN_TEST", "1")      # as in nbdev_test

@@ -10,6 +10,9 @@ from cells import NBS, notebooks
 HOMES = re.compile(r"/(?:home|root|Users|work|tmp)/\w")
 
 
+def code_cells(path): return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
 def text(output):
     "Everything readable in one cell output."
     data = output.get("data", {})
@@ -18,25 +21,29 @@ def text(output):
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
 def test_outputs_are_kept_and_clean(path):
-    outputs = [output for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" for output in cell.outputs]
+    outputs = [output for cell in code_cells(path) for output in cell.outputs]
     assert outputs, "no cell has an output: run python tools/execute.py on it"
     assert [output.ename for output in outputs if output.output_type == "error"] == []
     assert [found for output in outputs for found in HOMES.findall(text(output))] == []
 
 
 def test_widgets_are_kept_with_a_picture():
-    outputs = [(path.stem, output.data) for path in notebooks() for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" for output in cell.outputs if "data" in output]
-    widgets = [(name, data) for name, data in outputs if "application/vnd.jupyter.widget-view+json" in data]
-    assert len(widgets) > 10 and [name for name, data in widgets if "<img alt='" not in data.get("text/html", "")] == []
+    outputs = [(path.stem, output) for path in notebooks() for cell in code_cells(path) for output in cell.outputs]
+    shown = [(name, output.data) for name, output in outputs if "data" in output]
+    widgets = [(name, data) for name, data in shown if "application/vnd.jupyter.widget-view+json" in data]
+    assert len(widgets) > 10
+    assert [name for name, data in widgets if "<img alt='" not in data.get("text/html", "")] == []
 
 
 @pytest.mark.parametrize("path", sorted((NBS/"tutorials").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_on_colab_a_lesson_first_installs_the_package(path):
-    first = next(cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    source = code_cells(path)[0].source
     class Shell:
         ran = []
         def __init__(self, module): self.module = module
         def __str__(self): return f"<{self.module} object at 0x7f>"
         def run_line_magic(self, name, line): self.ran.append((self.module, name, line))
-    for module in ("ipykernel.zmqshell.ZMQInteractiveShell", "google.colab._shell.Shell"): exec(TransformerManager().transform_cell(first.source), dict(get_ipython=lambda: Shell(module)))
-    assert Shell.ran == [("google.colab._shell.Shell", "pip", "install -q probunlearn")] and first.source.startswith("#| hide")
+    for module in ("ipykernel.zmqshell.ZMQInteractiveShell", "google.colab._shell.Shell"):
+        exec(TransformerManager().transform_cell(source), dict(get_ipython=lambda: Shell(module)))
+    assert Shell.ran == [("google.colab._shell.Shell", "pip", "install -q probunlearn")]
+    assert source.startswith("#| hide")

@@ -1,4 +1,4 @@
-"""Readers on the real logs at hand and on small files of each documented schema, broken in the ways that files break."""
+"""Readers on the real logs at hand and on small files of each documented schema, broken as files break."""
 import json
 import os
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 from test_tofu import LOGS, RUNS, needs_logs, published
 
 from probunlearn.metrics import dataset_claims
-from probunlearn.peers import read_inspect, read_leak_k, read_lm_eval, read_open_unlearning, read_summary, read_tofu_log, tofu_splits, write_summary
+from probunlearn.peers import read_inspect, read_leak_k, read_lm_eval, read_open_unlearning, read_summary
+from probunlearn.peers import read_tofu_log, tofu_splits, write_summary
 from probunlearn.report import Asked, Report
 from probunlearn.scores import score_draws
 from probunlearn.tables import draws_from_table, read_answers, scores_from_table
@@ -22,14 +23,17 @@ def write(folder, name, content):
 @needs_logs
 @pytest.mark.parametrize("run", RUNS)
 def test_a_published_log_is_read_whole(run):
-    table, raw = read_tofu_log(published(run)), json.loads(published(run).read_text())
-    assert table.groupby("split").size().to_dict() == {"retain": 300, "real authors": 100, "world facts": 117, "forget": 300}
+    table = read_tofu_log(published(run))
+    sizes = {"retain": 300, "real authors": 100, "world facts": 117, "forget": 300}
+    assert table.groupby("split").size().to_dict() == sizes
     assert not table.question.str.contains("INST").any() and not table.answer.isna().any()
     forget = table[table.split == "forget"]
     assert forget.question_id.tolist() == [str(i) for i in range(300)]
-    assert forget.answer.tolist() == [raw["eval_log_forget.json"]["generated_text"][str(i)][1] for i in range(300)]
+    said = json.loads(published(run).read_text())["eval_log_forget.json"]["generated_text"]
+    assert forget.answer.tolist() == [said[str(i)][1] for i in range(300)]
     draws, qas = draws_from_table(forget)
-    assert (score_draws(draws, qas, "rouge_l_recall") == scores_from_table(forget, "rouge_l_recall")).all()      # rescored here, equal to what they stored
+    stored = scores_from_table(forget, "rouge_l_recall")
+    assert (score_draws(draws, qas, "rouge_l_recall") == stored).all()
 
 
 @needs_logs
@@ -46,7 +50,8 @@ def test_a_log_without_some_rows_moves_none(tmp_path):
     for part in log.values(): part.pop("7")
     for name in "generated_text", "rougeL_recall": log[name].pop("12")
     for name in "avg_gt_loss", "avg_paraphrased_loss": log[name].pop("20")
-    whole, table = read_tofu_log(published("full")).query("split == 'forget'"), read_tofu_log(write(tmp_path, "eval_log_forget.json", log))
+    whole = read_tofu_log(published("full")).query("split == 'forget'")
+    table = read_tofu_log(write(tmp_path, "eval_log_forget.json", log))
     assert table.question_id.tolist() == [str(i) for i in range(300) if i != 7]
     for name in "probability", "truth_ratio", "rouge":
         ours, theirs = (tofu_splits(t)["forget"].per_question()[name] for t in (table, whole))
@@ -65,19 +70,31 @@ def test_published_answers_go_all_the_way_to_a_report():
 
 
 def test_logs_of_one_split_take_their_name_from_the_file(tmp_path):
-    log = dict(generated_text={"3": ["Question: Who?\n", "Me.", "You."]}, avg_gt_loss={"10": 1., "3": 2.}, avg_paraphrased_loss={}, average_perturb_loss={"3": [1., 2.]}, rougeL_recall={})
+    log = dict(
+        generated_text={"3": ["Question: Who?\n", "Me.", "You."]},
+        avg_gt_loss={"10": 1., "3": 2.},
+        avg_paraphrased_loss={},
+        average_perturb_loss={"3": [1., 2.]},
+        rougeL_recall={},
+    )
     table = read_tofu_log(write(tmp_path, "eval_real_author_wo_options.json", log))
-    assert table.split.unique().tolist() == ["real authors"] and table.question_id.tolist() == ["3", "10"] and table.question[0] == "Who?"
+    assert table.split.unique().tolist() == ["real authors"]
+    assert table.question_id.tolist() == ["3", "10"] and table.question[0] == "Who?"
     split = tofu_splits(table)["real authors"]
     assert split.perturbed.shape == (2, 2) and np.isnan(split.perturbed[1]).all() and np.isnan(split.paraphrased).all()
 
 
 def test_open_unlearnings_rows_keep_their_indices(tmp_path):
-    rouge = {str(i): dict(input=f"Q{i}?", ground_truth="A.", generation="B.", rougeL_recall=i / 20, rouge1_recall=1.) for i in range(12)} | {"4": None}
-    path = write(tmp_path, "TOFU_EVAL.json", {"forget_Q_A_ROUGE": dict(agg_value=.3, value_by_index=rouge), "retain_Q_A_Prob": dict(agg_value=.9, value_by_index={"0": dict(prob=.9, avg_loss=.1)}),
-                                             "model_utility": dict(agg_value=.5)})
+    def row(i): return dict(input=f"Q{i}?", ground_truth="A.", generation="B.", rougeL_recall=i / 20, rouge1_recall=1.)
+    rouge = {str(i): row(i) for i in range(12)} | {"4": None}
+    path = write(tmp_path, "TOFU_EVAL.json", {
+        "forget_Q_A_ROUGE": dict(agg_value=.3, value_by_index=rouge),
+        "retain_Q_A_Prob": dict(agg_value=.9, value_by_index={"0": dict(prob=.9, avg_loss=.1)}),
+        "model_utility": dict(agg_value=.5),
+    })
     table = read_open_unlearning(path).query("metric == 'forget_Q_A_ROUGE'")
-    assert table.question_id.tolist() == [str(i) for i in range(12)] and table.answer.isna().tolist() == [i == 4 for i in range(12)]
+    assert table.question_id.tolist() == [str(i) for i in range(12)]
+    assert table.answer.isna().tolist() == [i == 4 for i in range(12)]
     x = scores_from_table(table, "rougeL_recall")
     assert np.isnan(x[4, 0]) and np.delete(x[:, 0], 4).tolist() == [i / 20 for i in range(12) if i != 4]
     claims = dataset_claims(x, missing="worst", leak_at=.5)
@@ -88,44 +105,64 @@ def test_open_unlearnings_rows_keep_their_indices(tmp_path):
 
 def test_leak_k_with_holes_becomes_draws_with_holes(tmp_path):
     said = [[f"a{i}" if (q, i) not in {(0, 0), (1, 3)} else None for i in range(4)] for q in range(3)]
-    lines = [json.dumps(dict(prompt=f"Q{q}", ground_truth="a1", responses=[dict(response=s, CS=.5) for s in row])) for q, row in enumerate(said)]
+    def line(q, row):
+        responses = [dict(response=s, CS=.5) for s in row]
+        return json.dumps(dict(prompt=f"Q{q}", ground_truth="a1", responses=responses))
+    lines = [line(q, row) for q, row in enumerate(said)]
     table = read_leak_k(write(tmp_path, "generations_n4.json", "\n".join(lines) + "\n"))
     draws, qas = draws_from_table(table, seed=7)
     assert [d.texts for d in draws] == said and draws[0].seed == 7 and [qa.id for qa in qas] == ["0", "1", "2"]
     x = score_draws(draws, qas, "exact_match")
     assert np.argwhere(np.isnan(x)).tolist() == [[0, 0], [1, 3]] and np.nansum(x) == 3 and (x[:, 1] == 1).all()
-    shuffled = table.sample(frac=1, random_state=0)
-    again = dict(zip([qa.id for qa in draws_from_table(shuffled)[1]], score_draws(*draws_from_table(shuffled), "exact_match")))
-    for i, qa in enumerate(qas): np.testing.assert_array_equal(again[qa.id], x[i])                               # the draw column decides, not the order
+    shuffled = table.sample(frac=1, random_state=0)     # the draw column decides, not the order
+    draws, mixed = draws_from_table(shuffled)
+    again = dict(zip([qa.id for qa in mixed], score_draws(draws, mixed, "exact_match")))
+    for i, qa in enumerate(qas): np.testing.assert_array_equal(again[qa.id], x[i])
 
 
 def test_the_harness_with_repeats_and_two_filters(tmp_path):
-    def line(i, f, said): return json.dumps(dict(doc_id=i, doc=dict(q="?"), target=17, arguments={"gen_args_0": dict(arg_0=f"Q{i}", arg_1={})}, resps=[said], filtered_resps=[said[0]], filter=f, exact_match=1.))
-    one = read_lm_eval(write(tmp_path, "one.jsonl", "\n".join(line(i, f, ["x"]) for f in ("none", "strict") for i in (0, 1))))
+    def line(i, f, said):
+        arguments = {"gen_args_0": dict(arg_0=f"Q{i}", arg_1={})}
+        return json.dumps(dict(doc_id=i, doc=dict(q="?"), target=17, arguments=arguments, resps=[said],
+                               filtered_resps=[said[0]], filter=f, exact_match=1.))
+    lines = [line(i, f, ["x"]) for f in ("none", "strict") for i in (0, 1)]
+    one = read_lm_eval(write(tmp_path, "one.jsonl", "\n".join(lines)))
     assert one.question_id.tolist() == ["0", "1"] and one.exact_match.tolist() == [1, 1] and one.reference[0] == "17"
-    many = read_lm_eval(write(tmp_path, "many.jsonl", "\n".join(line(i, "none", ["x", "y", "x"]) for i in (0, 1))))
-    assert "exact_match" not in many and many.draw.tolist() == [0, 1, 2] * 2 and [d.counts.tolist() for d in draws_from_table(many)[0]] == [[2, 1]] * 2
+    lines = [line(i, "none", ["x", "y", "x"]) for i in (0, 1)]
+    many = read_lm_eval(write(tmp_path, "many.jsonl", "\n".join(lines)))
+    assert "exact_match" not in many and many.draw.tolist() == [0, 1, 2] * 2
+    assert [d.counts.tolist() for d in draws_from_table(many)[0]] == [[2, 1]] * 2
 
 
 def test_inspects_epochs_are_draws(tmp_path):
-    def sample(i, e, text): return dict(id=i, epoch=e, input="Why?", target="So.", output=dict(choices=[dict(message=dict(role="assistant", content=[dict(type="text", text=text)]))]) if text else None,
-                                        scores=dict(judge=dict(value="I" if text != "So." else "C")) if text else None)
-    table = read_inspect(write(tmp_path, "log.json", dict(samples=[sample(10, 1, "No."), sample(2, 2, "So."), sample(2, 1, None), sample(10, 2, "So.")])))
+    def sample(i, e, text):
+        found = dict(id=i, epoch=e, input="Why?", target="So.", output=None, scores=None)
+        if text is None: return found
+        message = dict(role="assistant", content=[dict(type="text", text=text)])
+        mark = dict(value="C" if text == "So." else "I")
+        return found | dict(output=dict(choices=[dict(message=message)]), scores=dict(judge=mark))
+    samples = [sample(10, 1, "No."), sample(2, 2, "So."), sample(2, 1, None), sample(10, 2, "So.")]
+    table = read_inspect(write(tmp_path, "log.json", dict(samples=samples)))
     assert list(zip(table.question_id, table.draw)) == [("2", 0), ("2", 1), ("10", 0), ("10", 1)]
     np.testing.assert_array_equal(scores_from_table(table, "judge"), [[np.nan, 1], [0, 1]])
     assert draws_from_table(table)[0][0].texts == [None, "So."]
 
 
 def test_plain_tables_by_any_usual_name(tmp_path):
-    rows = [dict(input="Q", output="a", target="t"), dict(input="Q", output=None, target="t"), dict(input="P", output="b", target="s")]
+    rows = [
+        dict(input="Q", output="a", target="t"),
+        dict(input="Q", output=None, target="t"),
+        dict(input="P", output="b", target="s"),
+    ]
     table = read_answers(write(tmp_path, "x.jsonl", "\n".join(map(json.dumps, rows))))
-    assert [d.texts for d in draws_from_table(table)[0]] == [["a", None], ["b", None]]                             # P was asked once: its second draw is missing
+    draws, _ = draws_from_table(table)
+    assert [d.texts for d in draws] == [["a", None], ["b", None]]       # P was asked once: its second draw is missing
     csv = read_answers(write(tmp_path, "x.csv", "id,prompt,answer,truth,draw\n9,Q,a,t,1\n9,Q,N/A,t,0\n"))
     assert draws_from_table(csv)[0][0].texts == ["N/A", "a"] and draws_from_table(csv)[1][0].id == "9"
     with pytest.raises(ValueError, match="draw 1 more than once"): draws_from_table(csv.assign(draw=1))
 
 
 def test_summaries_come_back(tmp_path):
-    path = write_summary(dict(b=np.float32(.5), a=1, none=None, nan=np.nan), tmp_path/"new", "MUSE")
+    path = write_summary(dict(b=np.float32(.5), a=1, none=None, nan=np.nan), tmp_path/"new", name="MUSE")
     assert path.name == "MUSE_SUMMARY.json" and list(read_summary(path)) == ["a", "b"] and read_summary(path)["b"] == .5
     with pytest.raises(ValueError, match="map metrics to numbers"): read_summary(write(tmp_path, "x.json", [1]))

@@ -1,10 +1,13 @@
-"""Every public name says what it is: a one-line docstring, and every argument explained where it stands or in the glossary of nbs/docs/api.md."""
+"""Every public name says what it is: one line, and each argument explained where it stands or in nbs/docs/api.md."""
 import re
+import subprocess
+import sys
 
 import pytest
 
 import probunlearn
-from build_docs import read_book
+from build_docs import read_book, typed
+from cells import parts
 from test_imports import MODULES
 
 BOOK = read_book()
@@ -31,5 +34,50 @@ def test_methods_say_what_they_do(name):
 
 
 def test_glossary_has_no_idle_word():
-    used = [name for entry in CALLABLE.values() for part in (entry, *entry.members) for names, _, comment in part.arguments for name in names if comment == BOOK.words.get(name)]
-    assert set(BOOK.words) <= set(used)
+    pieces = [part for entry in CALLABLE.values() for part in (entry, *entry.members)]
+    arguments = [(name, comment) for part in pieces for names, _, comment in part.arguments for name in names]
+    assert set(BOOK.words) <= {name for name, comment in arguments if comment == BOOK.words.get(name)}
+
+
+# what the package itself offers
+
+TYPED = {name: module for modules in typed().values() for module, names in modules.items() for name in names}
+
+
+def test_few_names_are_typed():
+    names = [name for modules in typed().values() for found in modules.values() for name in found]
+    assert len(set(names)) == len(names) <= 70
+    assert TYPED == probunlearn._homes() and set(TYPED) <= set(dir(probunlearn))
+
+
+def test_they_stand_in_the_order_of_the_parts():
+    order = list(MODULES)
+    assert [part for part in typed()] == [folder.name[2:] for folder in parts()]
+    modules = [(part, module) for part, found in typed().items() for module in found]
+    assert [MODULES[module].parent.name[2:] for _, module in modules] == [part for part, _ in modules]
+    assert sorted(TYPED.values(), key=order.index) == list(TYPED.values())
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_a_typed_name_is_documented_and_can_be_imported(name):
+    assert BOOK.public[name][0] == TYPED[name] and BOOK.public[name][1].doc
+    assert getattr(probunlearn, name) is getattr(getattr(probunlearn, TYPED[name]), name)
+
+
+@pytest.mark.parametrize("old, new", probunlearn._NOW.items())
+def test_an_old_name_says_what_to_type_instead(old, new):
+    with pytest.raises(AttributeError) as error: getattr(probunlearn, old)
+    assert old in str(error.value) and str(error.value).endswith(new)
+    for word in re.findall(r"(?<![.\w])\w+(?=\()", new): assert word in TYPED
+    if "the module" in new: assert new.split()[-1] in MODULES and old not in MODULES
+
+
+def test_a_name_that_is_typed_seldom_says_where_it_is():
+    with pytest.raises(AttributeError, match="from probunlearn.tofu import truth_score"): probunlearn.truth_score
+
+
+def test_modules_are_attributes_and_nothing_is_loaded_before():
+    code = ("import sys, probunlearn; assert not {'numpy', 'torch', 'probunlearn._modidx'} & {*sys.modules}; "
+            "print(probunlearn.bands.__name__, probunlearn.__version__)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["probunlearn.bands", probunlearn.__version__]

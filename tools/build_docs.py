@@ -1,10 +1,15 @@
 """The documentation as a website: python tools/build_docs.py [FOLDER]
 
-Pages are the committed notebooks; nothing in them is run. nbdev parses their directives; where a notebook exports code, its page
-shows signature, documented parameters and, folded, the source. Then Sphinx builds (conf.py; a warning is an error) and every
-internal link of the result is followed.
+Pages are the committed notebooks; nothing in them is run. nbdev parses their directives; where a notebook exports code,
+its page shows signature, documented parameters and, folded, the source. Then Sphinx builds (conf.py; a warning is an
+error) and every internal link of the result is followed.
 """
-import ast, io, re, shutil, sys, tokenize
+import ast
+import io
+import re
+import shutil
+import sys
+import tokenize
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from os.path import relpath
@@ -43,7 +48,7 @@ def comments(source):
 
 
 def by_line(rows, said, words):
-    "Arguments (line, name, default) as rows of a table: those that share a comment share a row; a word of the glossary explains itself."
+    "Arguments (line, name, default) as rows; those that share a comment share a row, and the glossary helps out."
     table = []
     for line, name, default in rows:
         comment = said.get(line, "")
@@ -53,42 +58,65 @@ def by_line(rows, said, words):
     return [(names, default, comment) for names, default, comment, _ in table]
 
 
+def signature_rows(a):
+    "(line, name, default) of each argument."
+    plain = [*a.posonlyargs, *a.args]
+    defaults = dict(zip([p.arg for p in plain][::-1], a.defaults[::-1]))
+    defaults |= {p.arg: d for p, d in zip(a.kwonlyargs, a.kw_defaults) if d}
+    for p in [*plain, a.vararg, *a.kwonlyargs, a.kwarg]:
+        if p is None or p.arg in ("self", "cls"): continue
+        yield p.lineno, p.arg, ast.unparse(defaults[p.arg]) if p.arg in defaults else ""
+
+
 def function_entry(node, said, words, kind="function"):
     "The entry of a function or method."
-    a = node.args
-    plain = [*a.posonlyargs, *a.args]
-    defaults = dict(zip([p.arg for p in plain][::-1], a.defaults[::-1])) | {p.arg: d for p, d in zip(a.kwonlyargs, a.kw_defaults) if d}
-    rows = [(p.lineno, p.arg, ast.unparse(defaults[p.arg]) if p.arg in defaults else "") for p in [*plain, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])]
-            if p.arg not in ("self", "cls")]
-    names = {ast.unparse(d) for d in node.decorator_list}
-    if kind == "method" and names & {"property", "cached_property"}: kind = "property"
-    if kind == "method": a.args = a.args[not names & {"staticmethod"}:]
+    decorators = {ast.unparse(d) for d in node.decorator_list}
+    arguments = by_line(signature_rows(node.args), said, words)
+    if kind == "method" and decorators & {"property", "cached_property"}: kind = "property"
+    if kind == "method" and "staticmethod" not in decorators: node.args.args = node.args.args[1:]
     back = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    signature = "" if kind == "property" else f"({ast.unparse(a)}){back}"
-    return Entry(node.name, kind, signature, ast.get_docstring(node) or "", by_line(rows, said, words), said.get(node.returns.lineno, "") if node.returns else "")
+    signature = "" if kind == "property" else f"({ast.unparse(node.args)}){back}"
+    returns = said.get(node.returns.lineno, "") if node.returns else ""
+    return Entry(node.name, kind, signature, ast.get_docstring(node) or "", arguments, returns)
+
+
+def string_below(before, node):
+    "The text that explains a field from the line below it; None where there is none."
+    if not (isinstance(before, ast.AnnAssign) and isinstance(node, ast.Expr)): return None
+    return str(node.value.value) if isinstance(node.value, ast.Constant) else None
 
 
 def class_entry(node, said, words):
     "The entry of a class, with its fields or the arguments of `__init__`, and its public methods."
-    rows = [(b.lineno, b.target.id, ast.unparse(b.value) if b.value else "") for b in node.body if isinstance(b, ast.AnnAssign)]
-    for before, b in zip(node.body, node.body[1:]):      # a field may be explained by a string below it
-        if isinstance(before, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant): said.setdefault(before.lineno, str(b.value.value))
+    fields = [b for b in node.body if isinstance(b, ast.AnnAssign)]
+    rows = [(b.lineno, b.target.id, ast.unparse(b.value) if b.value else "") for b in fields]
+    for before, b in zip(node.body, node.body[1:]):
+        if text := string_below(before, b): said.setdefault(before.lineno, text)
     methods = [b for b in node.body if isinstance(b, ast.FunctionDef)]
     entry = Entry(node.name, "class", "", ast.get_docstring(node) or "", by_line(rows, said, words))
-    for init in [m for m in methods if m.name == "__init__"]: entry.arguments += function_entry(init, said, words).arguments
-    entry.members = [function_entry(m, said, words, "method") for m in methods if m.name[0] != "_"]
+    for m in methods:
+        if m.name == "__init__": entry.arguments += function_entry(m, said, words).arguments
+        if m.name[0] != "_": entry.members.append(function_entry(m, said, words, "method"))
     return entry
+
+
+def constants(node, said, lines):
+    "The entries of the constants that a statement makes; what one is stands above it, or behind."
+    if not isinstance(node, ast.Assign): return
+    is_above = node.lineno > 1 and lines[node.lineno - 2].startswith("# ")
+    doc = said.get(node.lineno - 1, "") if is_above else said.get(node.lineno, "")
+    for target in node.targets:
+        if isinstance(target, ast.Name) and target.id[0] != "_": yield Entry(target.id, "data", "", doc, [])
 
 
 def entries(source, words):
     "An entry per public name that `source` defines."
     said, lines = comments(source), source.splitlines()
     for node in ast.parse(source).body:
-        above = said.get(node.lineno - 1, "") if node.lineno > 1 and lines[node.lineno - 2].startswith("# ") else ""         # what a constant is stands above it, or behind
-        if isinstance(node, ast.FunctionDef) and node.name[0] != "_": yield function_entry(node, said, words)
-        if isinstance(node, ast.ClassDef) and node.name[0] != "_": yield class_entry(node, said, words)
-        for target in node.targets if isinstance(node, ast.Assign) else ():
-            if isinstance(target, ast.Name) and target.id[0] != "_": yield Entry(target.id, "data", "", above or said.get(node.lineno, ""), [])
+        public = getattr(node, "name", "_")[0] != "_"
+        if isinstance(node, ast.FunctionDef) and public: yield function_entry(node, said, words)
+        if isinstance(node, ast.ClassDef) and public: yield class_entry(node, said, words)
+        yield from constants(node, said, lines)
 
 
 # From notebooks to pages
@@ -104,10 +132,12 @@ class Book:
     @property
     def linked(self):
         "The names that prose links: public, and not also the name of an argument."
-        return self.public.keys() - {name for _, e in self.public.values() for part in (e, *e.members) for names, *_ in part.arguments for name in names}
+        parts = [part for _, entry in self.public.values() for part in (entry, *entry.members)]
+        return self.public.keys() - {name for part in parts for names, *_ in part.arguments for name in names}
 
 
-def is_export(cell): return cell.cell_type == "code" and bool({"export", "exports"} & cell.directives_.keys())
+def carries(cell, *flags): return cell.cell_type == "code" and bool({*flags} & cell.directives_.keys())
+def is_export(cell): return carries(cell, "export", "exports")
 
 
 def read_book():
@@ -115,11 +145,22 @@ def read_book():
     words = dict(WORD.findall((NBS/"docs"/"api.md").read_text(encoding="utf-8")))
     book = Book({}, {}, {}, words)
     for path in notebooks():
-        book.cells[path] = cells = NBProcessor(path, [strip_ansi, hide_line, rm_header_dash, hide_], process=True).nb.cells
+        cells = NBProcessor(path, [strip_ansi, hide_line, rm_header_dash, hide_], process=True).nb.cells
+        book.cells[path] = cells
         for cell in cells:
-            if cell.cell_type == "code" and "default_exp" in cell.directives_: book.modules[module := cell.directives_["default_exp"][0]] = path
+            if carries(cell, "default_exp"):
+                module = cell.directives_["default_exp"][0]
+                book.modules[module] = path
             if is_export(cell): book.public |= {e.name: (module, e) for e in entries(cell.source, words)}
     return book
+
+
+def typed():
+    "What `probunlearn` itself offers: part → module → names. The package isn't imported."
+    tree = ast.parse((ROOT/"probunlearn"/"__init__.py").read_text(encoding="utf-8"))
+    table = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "_PARTS")
+    return {part: {module: names.split() for module, names in modules.items()}
+            for part, modules in ast.literal_eval(table).items()}
 
 
 def link(name, book):
@@ -129,29 +170,43 @@ def link(name, book):
 
 def prose(text, book, path):
     "Markdown with public names and module names linked; headings, links and fenced code stay as they are."
-    text = re.sub(r"(</summary>)(.*?)(</details>)", r"\1\n\n\2\n\n\3", text, flags=re.S)       # MyST reads Markdown between HTML only after an empty line
+    # MyST reads Markdown between HTML only after an empty line
+    text = re.sub(r"(</summary>)(.*?)(</details>)", r"\1\n\n\2\n\n\3", text, flags=re.S)
     names = book.public.keys() - book.words.keys() if path.parent.name == "docs" else book.linked
+    pages = {name: home for name, home in book.modules.items() if home != path and name not in book.words}
     def linked(m):
         if m[1] in names: return link(m[1], book)
-        if m[1] in book.modules.keys() - book.words.keys() and book.modules[m[1]] != path: return f"[`{m[1]}`]({relpath(book.modules[m[1]], path.parent)})"
-        return m[0]
-    parts = re.split(r"(^```.*?^```|^#.*?$|\[[^\]\n]*\]\([^)\n]*\))", text, flags=re.M | re.S)
-    return "".join(part if i % 2 else re.sub(r"(?<![`\w}])`(\w+)`(?!`)", linked, part) for i, part in enumerate(parts))
+        return f"[`{m[1]}`]({relpath(pages[m[1]], path.parent)})" if m[1] in pages else m[0]
+    pieces = re.split(r"(^```.*?^```|^#.*?$|\[[^\]\n]*\]\([^)\n]*\))", text, flags=re.M | re.S)
+    pieces[::2] = [re.sub(r"(?<![`\w}])`(\w+)`(?!`)", linked, piece) for piece in pieces[::2]]
+    return "".join(pieces)
 
 
 def plain(text):
     "A docstring or comment as Markdown: what is not in backticks is meant literally."
-    return "".join(part if i % 2 else re.sub(r"([\\*_\[\]<>$|{}#~^])", r"\\\1", part) for i, part in enumerate(re.split(r"(`[^`]*`)", text))).replace("|", r"\|").replace(r"\\|", r"\|")
+    pieces = re.split(r"(`[^`]*`)", text)
+    pieces[::2] = [re.sub(r"([\\*_\[\]<>$|{}#~^])", r"\\\1", piece) for piece in pieces[::2]]
+    return "".join(pieces).replace("|", r"\|").replace(r"\\|", r"\|")
+
+
+def row(*cells): return f"| {' | '.join(cell.replace(chr(10), ' ') for cell in cells)} |"
+
+
+def arguments_table(entry):
+    "Arguments and what comes back, as lines of a Markdown table; empty where there are none."
+    rows = [row(", ".join(f"`{n}`" for n in names), f"`` {default} ``" if default else "", plain(comment))
+            for names, default, comment in entry.arguments]
+    if entry.returns: rows.append(row("*returns*", "", plain(entry.returns)))
+    return ["| | default | |", "|---|---|---|", *rows, ""] if rows else []
 
 
 def entry_text(entry, module, fence=6):
-    "One entry as a Sphinx directive in MyST Markdown."
-    lines = [f"{':' * fence}{{py:{entry.kind}}} {entry.name}{entry.signature}"] + [f":module: probunlearn.{module}"] * (fence == 6) + ["", plain(entry.doc), ""]
-    if entry.arguments or entry.returns:
-        rows = [(", ".join(f"`{n}`" for n in names), f"`` {default} ``" if default else "", plain(comment)) for names, default, comment in entry.arguments]
-        if entry.returns: rows.append(("*returns*", "", plain(entry.returns)))
-        lines += ["| | default | |", "|---|---|---|", *(f"| {' | '.join(cell.replace(chr(10), ' ') for cell in row)} |" for row in rows), ""]
-    return "\n".join([*lines, *(entry_text(m, module, fence - 1) for m in entry.members), ":" * fence, ""])
+    "One entry as a Sphinx directive in MyST Markdown; its methods are entries within it."
+    mark = ":" * fence
+    head = [f"{mark}{{py:{entry.kind}}} {entry.name}{entry.signature}"]
+    if fence == 6: head.append(f":module: probunlearn.{module}")
+    members = [entry_text(m, module, fence - 1) for m in entry.members]
+    return "\n".join([*head, "", plain(entry.doc), "", *arguments_table(entry), *members, mark, ""])
 
 
 def frozen(outputs):
@@ -160,22 +215,26 @@ def frozen(outputs):
         data = output.get("data", {})
         if data.pop(WIDGET, None):
             if "text/html" not in data: continue
-            data["text/html"] = f"<div class='frozen'>{''.join(data['text/html'])}<p>As it was left; it moves when the notebook runs.</p></div>"
+            note = "<p>As it was left; it moves when the notebook runs.</p>"
+            data["text/html"] = f"<div class='frozen'>{''.join(data['text/html'])}{note}</div>"
         yield nbformat.from_dict(output)
+
+
+def is_imports(source): return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body)
 
 
 def page_cells(path, book):
     "The cells of one page."
     module = next((name for name, home in book.modules.items() if home == path), None)
     for cell in book.cells[path]:
-        if not (cell.source or "").strip() or cell.cell_type == "code" and {"default_exp", "exporti"} & cell.directives_.keys(): continue
+        source = (cell.source or "").strip()
+        if not source or carries(cell, "default_exp", "exporti"): continue
         if cell.cell_type == "markdown": yield new_markdown_cell(prose(cell.source, book, path))
         elif is_export(cell):
-            named = list(entries(cell.source, book.words))
+            named = list(entries(source, book.words))
             if named: yield new_markdown_cell("\n".join(entry_text(e, module) for e in named))
-            if not all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(cell.source).body):
-                yield new_code_cell(cell.source.strip(), metadata=dict(tags=["hide-input"]))
-        elif cell.cell_type == "code": yield new_code_cell(cell.source.strip(), outputs=list(frozen(cell.get("outputs", []))))
+            if not is_imports(source): yield new_code_cell(source, metadata=dict(tags=["hide-input"]))
+        elif cell.cell_type == "code": yield new_code_cell(source, outputs=list(frozen(cell.get("outputs", []))))
 
 
 def page(path, book):
@@ -186,10 +245,13 @@ def page(path, book):
     return nb
 
 
+def caption(folder): return folder.name.replace("_", " ")
+
+
 def sections():
-    "Caption and folder of each group of pages, in the order of the sidebar: the lessons first, then one caption a part."
+    "Caption and folder of each group of pages, as the sidebar shows them: the lessons first, then the parts."
     yield "Lessons", NBS/"tutorials"
-    for folder in parts(): yield folder.name.replace("_", " ").capitalize(), folder
+    for folder in parts(): yield caption(folder), folder
     yield "Recipes", NBS/"recipes"
     yield "Reference", NBS/"docs"
 
@@ -205,15 +267,30 @@ def sidebar():
     for caption, folder in sections():
         pages = sorted([*folder.glob("*.ipynb"), *folder.glob("*.md")])
         names = [p.relative_to(NBS).with_suffix("").as_posix() for p in pages]
-        if folder.name == "tutorials": names = [f"{title(p, i)} <{name}>" for i, (p, name) in enumerate(zip(pages, names), 1)]
+        if folder.name == "tutorials":
+            names = [f"{title(p, i)} <{name}>" for i, (p, name) in enumerate(zip(pages, names), 1)]
         yield "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *names, "```"])
 
 
+def name_rows(names, book):
+    "A table of public names with what each is."
+    rows = [row(link(name, book), plain(book.public[name][1].doc)) for name in names]
+    return ["| name | what it is |", "|---|---|", *rows, ""]
+
+
 def names_table(book):
-    "Every public name with its promise, by module."
-    for module in book.modules:
-        names = [(name, e) for name, (home, e) in book.public.items() if home == module]
-        if names: yield "\n".join([f"## {module}", "", "| name | what it is |", "|---|---|", *(f"| {link(name, book)} | {plain(e.doc)} |" for name, e in names), ""])
+    "Every public name with its promise: first what one types, then all others, by part and by module."
+    yield "## What you type\n\nThe package itself offers these: `from probunlearn import mean_bound`.\n"
+    offered = [name for modules in typed().values() for names in modules.values() for name in names]
+    for part, modules in typed().items():
+        names = [name for found in modules.values() for name in found if name in book.public]
+        if names: yield "\n".join([f"### {part.capitalize()}", "", *name_rows(names, book)])
+    yield "## All others\n\nThese come from their module: `from probunlearn.memory import auc_bound`.\n"
+    for folder in parts():
+        yield f"### {caption(folder)}\n"
+        for module in [name for name, path in book.modules.items() if path.parent == folder]:
+            names = [name for name, (home, _) in book.public.items() if home == module and name not in offered]
+            if names: yield "\n".join([f"#### {module}", "", *name_rows(names, book)])
 
 
 def stage(out):
@@ -222,11 +299,14 @@ def stage(out):
     shutil.copytree(NBS/"docs"/"images", out/"docs"/"images")
     for path in book.cells:
         nb, target = page(path, book), out/path.relative_to(NBS)
-        if path.name == "index.ipynb": nb.cells += [new_markdown_cell(toc, id=f"toc{i}") for i, toc in enumerate(sidebar())]
+        if path.name == "index.ipynb":
+            nb.cells += [new_markdown_cell(toc, id=f"toc{i}") for i, toc in enumerate(sidebar())]
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(nb, target)
-    for path in (NBS/"docs").glob("*.md"): (out/"docs"/path.name).write_text(prose(path.read_text(encoding="utf-8"), book, path), encoding="utf-8")
-    with (out/"docs"/"api.md").open("a", encoding="utf-8") as file: file.write("\n" + "\n".join(names_table(book)))
+    for path in (NBS/"docs").glob("*.md"):
+        text = prose(path.read_text(encoding="utf-8"), book, path)
+        if path.name == "api.md": text = "\n".join([text, *names_table(book)])
+        (out/"docs"/path.name).write_text(text, encoding="utf-8")
 
 
 # Does every link lead somewhere?
@@ -243,21 +323,29 @@ class Links(HTMLParser):
         self.anchors |= {attrs.get("id"), attrs.get("name")} - {None}
         if tag == "a" and "href" in attrs: self.links.append(attrs["href"] or "")
         if attrs.get("src"): self.loads.append(attrs["src"])
-        if tag == "link" and attrs.get("href") and attrs.get("rel") in ("stylesheet", "icon", "shortcut icon", "preload"): self.loads.append(attrs["href"])
+        loaded = attrs.get("rel") in ("stylesheet", "icon", "shortcut icon", "preload")
+        if tag == "link" and attrs.get("href") and loaded: self.loads.append(attrs["href"])
+
+
+def leads_somewhere(url, path, pages):
+    "Whether a link on the page at `path` finds its file and its anchor."
+    parts = urlparse(url)
+    target = (path.parent/unquote(parts.path)).resolve() if parts.path else path
+    if target.is_dir(): target /= "index.html"
+    if not target.is_file(): return False
+    return target not in pages or unquote(parts.fragment) in pages[target].anchors
 
 
 def broken_links(site):
     "Links of the built pages under `site` that lead nowhere, and files that a page would load from somewhere else."
     pages = {path.resolve(): Links(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
     for path, found in pages.items():
+        name = path.relative_to(site.resolve())
         for url in found.links + found.loads:
             parts = urlparse(url)
             if parts.scheme or parts.netloc:
-                if url in found.loads and parts.scheme != "data": yield f"{path.relative_to(site.resolve())} loads {url} from elsewhere"
-                continue
-            target = (path.parent/unquote(parts.path)).resolve() if parts.path else path
-            if target.is_dir(): target /= "index.html"
-            if not target.is_file() or target in pages and unquote(parts.fragment) not in pages[target].anchors: yield f"{path.relative_to(site.resolve())} links to {url}"
+                if url in found.loads and parts.scheme != "data": yield f"{name} loads {url} from elsewhere"
+            elif not leads_somewhere(url, path, pages): yield f"{name} links to {url}"
 
 
 def main(out=ROOT/"_docs"):
@@ -265,7 +353,8 @@ def main(out=ROOT/"_docs"):
     work = ROOT/"_proc"
     shutil.rmtree(work, ignore_errors=True)
     stage(work/"pages")
-    if code := sphinx(["-W", "--keep-going", "-q", "-c", str(ROOT/"tools"), "-d", str(work/"doctrees"), str(work/"pages"), str(work/"site")]): return code
+    how = ["-W", "--keep-going", "-q", "-c", str(ROOT/"tools"), "-d", str(work/"doctrees")]
+    if code := sphinx([*how, str(work/"pages"), str(work/"site")]): return code
     lost = list(broken_links(work/"site"))
     if lost: return "\n".join(lost)
     shutil.rmtree(out, ignore_errors=True)

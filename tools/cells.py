@@ -13,7 +13,8 @@ NBS = ROOT/"nbs"
 
 def notebooks():
     "Every notebook of the project: the parts in the order in which data flows, then all else."
-    return sorted(p for p in NBS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(NBS).parts))
+    def is_hidden(path): return any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts)
+    return sorted(path for path in NBS.rglob("*.ipynb") if not is_hidden(path))
 
 
 def parts():
@@ -23,20 +24,24 @@ def parts():
 
 def code_cells(path):
     "The code cells of the notebook at `path`, with nbdev's directives parsed."
-    return [cell for cell in NBProcessor(path, process=True).nb.cells if cell.cell_type == "code" and cell.source.strip()]
+    cells = NBProcessor(path, process=True).nb.cells
+    return [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
 
 
 def skip_reason(cell, flags=()):
     "The flag for which nbdev_test leaves `cell` out, or None; `flags` are the ones asked for."
     directives = cell.directives_ or {}
     if directives.get("eval:", [""])[0].lower() == "false": return "eval: false"
-    return next((flag for flag in get_config(path=ROOT).tst_flags.split() if flag in directives and flag not in flags), None)
+    known = get_config(path=ROOT).tst_flags.split()
+    return next((flag for flag in known if flag in directives and flag not in flags), None)
 
 
 def main(flags):
     reasons = Counter(skip_reason(cell, flags) for path in notebooks() for cell in code_cells(path))
-    ran, skipped = reasons.pop(None, 0), ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
-    print(f"{len(notebooks())} notebooks: {ran} cells run, {reasons.total()} skipped" + f" ({skipped})"*bool(skipped))
+    ran = reasons.pop(None, 0)
+    why = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
+    skipped = f"{reasons.total()} skipped ({why})" if why else "0 skipped"
+    print(f"{len(notebooks())} notebooks: {ran} cells run, {skipped}")
 
 
 if __name__ == "__main__": main(sys.argv[1:])

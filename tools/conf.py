@@ -12,7 +12,10 @@ _facts = ConfigParser()
 _facts.read(Path(__file__).parent.parent/"settings.ini")
 _facts = _facts["DEFAULT"]
 
-project, author, copyright, release = _facts["title"], _facts["author"], _facts["copyright"], _facts["version"]
+project = _facts["title"]
+author = _facts["author"]
+copyright = _facts["copyright"]
+release = _facts["version"]
 extensions = ["myst_nb"]
 nb_execution_mode = "off"                       # outputs are those of the committed notebooks
 nb_code_prompt_show, nb_code_prompt_hide = "Source", "Source"
@@ -35,10 +38,12 @@ pygments_style, pygments_dark_style = "a11y-high-contrast-light", "github-dark"
 
 def _mathml(self, node):
     "Formulas as MathML, which browsers draw themselves: no script, nothing to download."
-    tex = re.sub(r"\\([bB]ig+)(?![a-zA-Z])", r"\\\1l", node.astext()).replace(r"\dots", r"\ldots")      # docutils' spellings
-    block = isinstance(node, nodes.math_block)
-    try: self.body.append(f"<div class='formula'>{tex2mathml(tex, as_block=True)}</div>" if block else str(tex2mathml(tex)))
+    tex = re.sub(r"\\([bB]ig+)(?![a-zA-Z])", r"\\\1l", node.astext())       # docutils' spellings
+    tex = tex.replace(r"\dots", r"\ldots")
+    is_block = isinstance(node, nodes.math_block)
+    try: formula = str(tex2mathml(tex, as_block=is_block))
     except MathError as error: logging.getLogger(__name__).warning("formula %r: %s", tex, error, location=node)
+    else: self.body.append(f"<div class='formula'>{formula}</div>" if is_block else formula)
     raise nodes.SkipNode
 
 

@@ -2,7 +2,11 @@
 
 Both run on a copy: no file here is touched, and uncommitted work is checked like a clean checkout.
 """
-import os, shutil, subprocess, sys, tempfile
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,14 +32,20 @@ def remake(before, root):
     return sources(root)
 
 
+def word(name, before, after):
+    "What is wrong with a file."
+    if name not in after: return "is exported by no notebook"
+    return "is out of date" if name in before else "is missing"
+
+
 def main():
     before = sources(ROOT)
     with tempfile.TemporaryDirectory() as tmp: after = remake(before, Path(tmp))
-    words = {name: "is exported by no notebook" if name not in after else "is missing" if name not in before else "is out of date"
-             for name in sorted(before | after) if before.get(name) != after.get(name)}
-    for name, word in words.items(): print(f"drift: {name} {word}")
-    print("drift check:", f"{len(words)} files differ; run nbdev_export && nbdev_clean" if words else f"export and clean change none of {len(before)} files")
-    return bool(words)
+    differ = [name for name in sorted(before | after) if before.get(name) != after.get(name)]
+    for name in differ: print(f"drift: {name} {word(name, before, after)}")
+    if differ: print(f"drift check: {len(differ)} files differ; run nbdev_export && nbdev_clean")
+    else: print(f"drift check: export and clean change none of {len(before)} files")
+    return bool(differ)
 
 
 if __name__ == "__main__": sys.exit(main())

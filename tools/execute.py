@@ -1,9 +1,14 @@
 """Run notebooks in a fresh kernel and keep what they show: python tools/execute.py [--flags slow,cuda] [NOTEBOOK …]
 
-A cell flagged `#| slow`, `#| cuda` or `#| eval: false` is left alone, with the output of its last real run, unless its flag is named.
+A cell flagged `#| slow`, `#| cuda` or `#| eval: false` keeps the output of its last real run, unless its flag is named.
 """
-import argparse, os, re, sys, time
+import argparse
+import os
+import re
+import sys
+import time
 from pathlib import Path
+
 import nbformat
 from nbclient import NotebookClient
 
@@ -18,7 +23,8 @@ def skipped(cell, flags):
 def execute(path, flags):
     "Run the notebook at `path` and store its outputs in place."
     nb = nbformat.read(path, as_version=4)
-    client = NotebookClient(nb, timeout=3600, resources={"metadata": {"path": str(path.parent)}}, store_widget_state=True)
+    where = {"metadata": {"path": str(path.parent)}}
+    client = NotebookClient(nb, timeout=3600, resources=where, store_widget_state=True)
     with client.setup_kernel():
         for i, cell in enumerate(nb.cells):
             if cell.cell_type == "code" and not skipped(cell, flags): client.execute_cell(cell, i)
@@ -31,9 +37,12 @@ def main():
     parser.add_argument("paths", nargs="*", type=Path)
     parser.add_argument("--flags", default="", help="comma-separated flags whose cells run too: slow,cuda")
     args = parser.parse_args()
-    if not args.paths: from cells import notebooks      # nbdev isn't needed to run a notebook by its name
     os.environ |= dict(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")     # progress bars are for those who wait
-    for path in args.paths or notebooks():
+    paths = args.paths
+    if not paths:
+        from cells import notebooks     # nbdev isn't needed to run a notebook by its name
+        paths = notebooks()
+    for path in paths:
         start = time.time()
         execute(path, args.flags.split(","))
         print(f"{path}: {time.time() - start:.0f} s", flush=True)

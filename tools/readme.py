@@ -1,5 +1,6 @@
 """README.md is nbs/index.ipynb as text: python tools/readme.py"""
-import posixpath, re
+import posixpath
+import re
 from pathlib import Path
 
 import nbformat
@@ -12,7 +13,8 @@ def shown(output):
     "The text of one cell output as Markdown; pictures and warnings are left out."
     data = output.get("data", {})
     if "text/markdown" in data: return data["text/markdown"]
-    text = output.get("text", "") if output.get("name") == "stdout" else "" if "image/png" in data else data.get("text/plain", "")
+    if "image/png" in data: return ""
+    text = output.get("text", "") if output.get("name") == "stdout" else data.get("text/plain", "")
     return f"```text\n{text.rstrip()}\n```" if text.strip() else ""
 
 
@@ -22,7 +24,8 @@ def markdown(cell):
     lines = cell.source.splitlines()
     if cell.cell_type != "code" or "#| hide" in lines: return ""
     source = "\n".join(line for line in lines if not line.startswith("#|")).strip()
-    return "\n\n".join(filter(None, [f"```python\n{source}\n```", *map(shown, cell.outputs)])) if source else ""
+    if not source: return ""
+    return "\n\n".join(filter(None, [f"```python\n{source}\n```", *map(shown, cell.outputs)]))
 
 
 def readme():
