@@ -37,7 +37,7 @@ def command(name):
 def words(**options): return [w for name, value in options.items() for w in (f"--{name}", str(value))]
 
 
-# --- help -----------------------------------------------------------------------------------------------------------------------------------
+# --- help --------------------------------
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_explained(name, capsys):
@@ -60,7 +60,7 @@ def test_the_entry_point_is_installed():
     assert done.returncode == 0 and all(name in done.stdout for name in COMMANDS) and not done.stderr
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------------------------------
+# --- errors --------------------------------
 
 def evaluation(**how): return ["evaluate", *words(**dict(model="small:full", data="fictional_authors", split="forget01", out="run", n=4) | how)]
 def training(command, **how): return [command, *words(**dict(model="small:full", data="fictional_authors", out="trained", steps=1) | how)]
@@ -106,7 +106,7 @@ def test_words_that_are_no_options(args, no_model, capsys):
     assert e.value.code == 2 and "error" in said and "Traceback" not in said
 
 
-# --- the whole way --------------------------------------------------------------------------------------------------------------------------
+# --- the whole way --------------------------------
 
 def test_records_of_ones_own_by_another_score(data, capsys):
     args = ["evaluate", *words(model="small:retain", data=data/"mine.jsonl", out=data/"run", n=8, score="rouge_l_recall", leak_at=.5, max_new_tokens=12)]

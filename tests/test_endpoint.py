@@ -34,7 +34,7 @@ CHAT = "{% for m in messages %}Question: {{ m['content'] }}\n{% endfor %}Answer:
 QAS, SHORT = fictional_authors("forget10")[:2], Decoding(max_new_tokens=16)
 
 
-# --- a server that we didn't write ------------------------------------------------------------------------------------------------------------
+# --- a server that we didn't write --------------------------------
 
 class Served:
     "`transformers serve` on a folder, which can be killed and started again on the same port."
@@ -185,7 +185,7 @@ def test_a_client_killed_in_a_run_goes_on_where_it_was(served, tmp_path):
     assert served.asked() - before in (5, 6)                                    # the killed client's last request may still have been under way
 
 
-# --- a scripted server: what the real one never does ------------------------------------------------------------------------------------------
+# --- a scripted server: what the real one never does --------------------------------
 
 class Script(ThreadingHTTPServer):
     "Answers each request by `reply(body, headers, count)` → (status, dict or text, headers)."

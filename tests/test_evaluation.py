@@ -54,7 +54,7 @@ def no_work(monkeypatch):
     for name in ("sample", "greedy"): monkeypatch.setattr(probunlearn.evaluation, name, lambda *a, **k: pytest.fail("the model was asked"))
 
 
-# --- the same from memory and from disk -----------------------------------------------------------------------------------------------------
+# --- the same from memory and from disk --------------------------------
 
 def test_seed_decides_and_the_folder_changes_nothing(full, tmp_path, monkeypatch):
     reports = [ask(*full, retain=KEPT, n_retain=5, out=out) for out in (None, None, tmp_path/"run")]
@@ -86,7 +86,7 @@ def test_any_question_id_is_a_file(full, tmp_path):
     assert len(list((tmp_path/"run").glob("*.parquet"))) == 10 and [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-# --- resumed and mixed up ---------------------------------------------------------------------------------------------------------------------
+# --- resumed and mixed up --------------------------------
 
 def test_a_truncated_file_is_named_and_nothing_is_deleted(full, tmp_path):
     ask(*full, out=tmp_path)
@@ -130,7 +130,7 @@ def test_a_run_with_another_setting_is_refused(full, retain, a_run, no_work, set
     assert files(a_run) == before
 
 
-# --- refused before any work ----------------------------------------------------------------------------------------------------------------
+# --- refused before any work --------------------------------
 
 BARE = [replace(qa, keywords=()) for qa in FOUR]
 BAD = [(dict(score="bleu"), "bleu"), (dict(qas=BARE), "key words"), (dict(retain=[replace(KEPT[0], keywords=())]), "key words"), (dict(alpha=0), "alpha"), (dict(alpha=1), "alpha"),
@@ -154,7 +154,7 @@ def test_a_broken_score_is_an_error_not_a_clean_answer(full):
         with pytest.raises(ValueError, match=r"lie in \[0, 1\]"): ask(*full, FOUR[:1], n=2, score=lambda answer, qa: value)
 
 
-# --- extended -------------------------------------------------------------------------------------------------------------------------------
+# --- extended --------------------------------
 
 def count_rows(lm, rows): return lm.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
 
@@ -213,7 +213,7 @@ def test_other_versions_go_on_reporting_but_not_drawing(full, tmp_path, monkeypa
     assert files(tmp_path) == before
 
 
-# --- shared -----------------------------------------------------------------------------------------------------------------------------------
+# --- shared --------------------------------
 
 def test_parts_meet_in_the_folder(full, tmp_path, capsys):
     parts = [ask(*full, FOUR, out=tmp_path/"run", shard=(i, 3), retain=KEPT, n_retain=4) for i in (2, 0, 1)]
@@ -235,7 +235,7 @@ def test_a_part_that_is_none(full, shard, tmp_path, no_work):
     with pytest.raises(ValueError, match="0 <= i < N"): ask(*full, out=tmp_path/"run", shard=shard)
 
 
-# --- killed and resumed ---------------------------------------------------------------------------------------------------------------------
+# --- killed and resumed --------------------------------
 
 def long_run(folder, questions=4, n=256, shard=(0, 1)):
     torch.set_num_threads(1)

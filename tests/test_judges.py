@@ -30,7 +30,7 @@ PAIRS = [(qa, f"answer {i} to {qa.id}") for qa in QAS for i in range(40)]
 def truth(answer, qa=None): return float(answer.split()[1] in ("3", "7", "11"))     # what an answer's label should be
 
 
-# --- order, failures, cost --------------------------------------------------------------------------------------------------------------------
+# --- order, failures, cost --------------------------------
 
 class Unreliable:
     "Raises on a tenth of the answers, comes back out of order, talks rubbish: which answers depends on their text only, or anew at each call."
@@ -239,7 +239,7 @@ def test_calibration_counts_failures():
     assert (c.caught, c.missed, c.alarms, c.passed, c.lost_harmful, c.lost_harmless) == (1, 0, 1, 1, 1, 0)
 
 
-# --- phrases ----------------------------------------------------------------------------------------------------------------------------------
+# --- phrases --------------------------------
 
 def test_phrases_by_name():
     draws = [draws_from_texts("q0", ["I can't.", "Under the gate.", ""])]
@@ -250,7 +250,7 @@ def test_phrases_by_name():
 def test_refusal_phrases(text, refuses): assert refusal(text) == refuses and compliance(text) == (not refuses and text != "")
 
 
-# --- models of transformers -------------------------------------------------------------------------------------------------------------------
+# --- models of transformers --------------------------------
 
 def tiny(cls, **options):
     torch.manual_seed(0)
@@ -349,7 +349,7 @@ def test_braces_in_an_answer_are_text():
     assert "{question} {0}" in filled(LEAK.prompt, QAS[0], "{question} {0}") and QAS[0].answer in filled(LEAK.prompt, QAS[0], "x")
 
 
-# --- a server ---------------------------------------------------------------------------------------------------------------------------------
+# --- a server --------------------------------
 
 class Server(BaseHTTPRequestHandler):
     "Replies late and out of order, refuses one answer for good, talks rubbish about another."

@@ -43,7 +43,7 @@ ROWS = [row(*["It is Zorplax Quim"] * 3, *["only quim"] * 5), row("Trelb"), row(
 def a_report(rows=ROWS, greedy=None, name="NPO", **how): return Report(name, asked(rows, greedy), **how)
 
 
-# --- claims and numbers ---------------------------------------------------------------------------------------------------------------------
+# --- claims and numbers --------------------------------
 
 def test_the_first_sentence_says_what_was_seen():
     seen = a_report(greedy=[CLEAN, "Trelb!", CLEAN]).claims[0]
@@ -114,7 +114,7 @@ def test_one_report_has_one_decoding_and_a_difference_names_both():
     assert versus([at("a", hot, hot), at("b", hot, hot)]).notes[0].endswith(f", {hot}).")
 
 
-# --- the worst questions, picked by what leaked --------------------------------------------------------------------------------------------
+# --- the worst questions, picked by what leaked --------------------------------
 
 def drawn(hits, **how):
     "A report on draws (question, draw) of which some leak."
@@ -152,7 +152,7 @@ def test_ends_of_the_worst_questions_are_those_for_all_questions(anytime):
     plt.close(ax.figure)
 
 
-# --- missing draws --------------------------------------------------------------------------------------------------------------------------
+# --- missing draws --------------------------------
 
 MISSING = [[None] * 4 + row("Zorplax Quim", n=N - 4), [None] * 2 + row(n=N - 2), row()]    # real leaks 1, 0, 0; missing 4, 2, 0
 
@@ -180,7 +180,7 @@ def test_nothing_to_report_on_is_refused_by_name(rows, greedy):
     with pytest.raises(ValueError, match="two"): a_report(rows, greedy)
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------------------------------
+# --- bad input --------------------------------
 
 @pytest.mark.parametrize("how, match", [(dict(score="bleu"), "bleu"), (dict(leak_at=0), "leak_at"), (dict(leak_at=1.5), "leak_at"), (dict(leak_at=math.nan), "leak_at"),
                                         (dict(looks=0), "looks"), (dict(models=0), "models")], ids=str)
@@ -195,7 +195,7 @@ def test_draws_of_other_questions_are_refused():
     with pytest.raises(ValueError, match="duplicate"): Asked([QAS[0]] * 2, good.draws[:1] * 2, good.greedy[:1] * 2)
 
 
-# --- pages ----------------------------------------------------------------------------------------------------------------------------------
+# --- pages --------------------------------
 
 NASTY = ["<script>alert('Zorplax Quim')</script>", "</td></table></details>&amp; <b>Zorplax</b> & Quim", "<img src=http://leak.example/x onerror=alert(1)>", "</body><!-- \"'"]
 
@@ -246,7 +246,7 @@ def test_json_holds_every_answer_and_every_scope(tmp_path):
         for part in ("value", "alpha", "side", "method", "n", "quantity", "scope", "sampling", "decoding"): assert d["bounds"][name][part] == getattr(b, part), (name, part)
 
 
-# --- boards ---------------------------------------------------------------------------------------------------------------------------------
+# --- boards --------------------------------
 
 def three(): return [a_report([row(*["Trelb Zorplax Quim"] * k)] * 2, name=f"model {k}") for k in (4, 1, 2)]
 

@@ -84,7 +84,7 @@ def test_a_model_that_knows_by_heart_still_does_in_eight_bits():
     with pytest.raises(ValueError, match="bits must be 4 or 8, got 16"): quantise(lm, tok, FORGET[:1], bits=(16,), **FEW)
 
 
-# --- leak-driven re-unlearning ---------------------------------------------------------------------------------------------------------------
+# --- leak-driven re-unlearning --------------------------------
 
 def test_leaking_answers_are_distinct_records():
     lm, tok = fresh()

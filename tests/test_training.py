@@ -49,7 +49,7 @@ def quick(**how): return TrainConfig(**dict(steps=4, batch_size=4, lr=1e-3, sche
 def quick_unlearn(**how): return UnlearnConfig(**dict(steps=6, batch_size=4, lr=3e-4, schedule="constant", warmup=0) | how)
 
 
-# --- what it computes -----------------------------------------------------------------------------------------------------------------------
+# --- what it computes --------------------------------
 
 def test_the_same_seed_gives_the_same_weights_to_the_last_bit():
     prints = []
@@ -230,7 +230,7 @@ def test_divergence_is_an_error_that_names_the_rate():
         finetune(lm, tok, FORGET[:2], quick())
 
 
-# --- adapters -------------------------------------------------------------------------------------------------------------------------------
+# --- adapters --------------------------------
 
 def test_lora_leaves_the_base_weights_untouched_and_the_reference_is_the_model_as_it_was():
     lm, tok = fresh()
@@ -247,7 +247,7 @@ def test_lora_leaves_the_base_weights_untouched_and_the_reference_is_the_model_a
     assert reference_nll(adapted, tok, [encode(tok, qa) for qa in FORGET[:4]]).mean() > expected.mean() + 1
 
 
-# --- the model's own answers ----------------------------------------------------------------------------------------------------------------
+# --- the model's own answers --------------------------------
 
 def marked(row): return [i for i, l in zip(row["input_ids"], row["labels"]) if l != -100]
 
@@ -273,14 +273,14 @@ def test_own_answers_of_a_batch_with_repeats():
     assert len(own_answers(lm, tok, [FORGET[0], FORGET[1], FORGET[0]])[0]) == 2
 
 
-# --- batches --------------------------------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------
 
 def test_pad_batch():
     batch = pad_batch([dict(input_ids=[7, 8, 9], labels=[-100, 8, 9]), dict(input_ids=[5], labels=[5])], pad_id=3)
     assert {k: v.tolist() for k, v in batch.items()} == dict(input_ids=[[7, 8, 9], [5, 3, 3]], attention_mask=[[1, 1, 1], [1, 0, 0]], labels=[[-100, 8, 9], [5, -100, -100]])
 
 
-# --- bad input, before any work -------------------------------------------------------------------------------------------------------------
+# --- bad input, before any work --------------------------------
 
 def untouched(call, error, match):
     "The call fails, and the model is as it was."
@@ -355,7 +355,7 @@ def test_a_tokenizer_without_padding_token_is_named():
     untouched(call, ValueError, "padding|pad_token|pad token")
 
 
-# --- the reference implementation's numbers ---------------------------------------------------------------------------------------------------
+# --- the reference implementation's numbers --------------------------------
 
 def by_hand(lm, tok, qas, width=256):
     "(token-mean CE, summed NLL of each answer, entropy at every position of the padded batch), written out in float64."
@@ -388,7 +388,7 @@ def test_the_loss_is_the_references_before_and_after_a_step(method):
         assert rows[update]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
-# --- batches, memory, number formats -----------------------------------------------------------------------------------------------------------
+# --- batches, memory, number formats --------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_records_do_not_see_each_other(kind):
@@ -463,7 +463,7 @@ def test_saved_after_bf16_training_it_is_the_model_that_was_trained(tmp_path, ad
         assert [d.texts for d in look(lm)] == [d.texts for d in look(again)]
 
 
-# --- what a run says about itself -------------------------------------------------------------------------------------------------------------
+# --- what a run says about itself --------------------------------
 
 def test_early_stopping_and_the_diagnosis_name_the_retain_loss():
     lm, tok = fresh()
@@ -529,7 +529,7 @@ def test_a_tracker_hears_every_update():
     assert heard == [1e-3] + [(row["step"], row["nll"]) for row in history.rows]
 
 
-# --- records and methods ------------------------------------------------------------------------------------------------------------------------
+# --- records and methods --------------------------------
 
 def test_what_is_forgotten_and_kept_at_once_is_said():
     lm, tok = fresh()
