@@ -11,7 +11,7 @@ import numpy as np
 
 # %% ../nbs/4_reports/06_reading.ipynb #4fc86c4e
 from .bounds import leaked
-from .checks import is_whole
+from .checks import whole
 from .questions import difference_bound
 from .report import Asked, Board, Report
 from .runs import Run, look, read_run
@@ -19,53 +19,85 @@ from .scores import check_score, score_name
 from .sequential import looked
 
 # %% ../nbs/4_reports/06_reading.ipynb #08eb0507
+def _fewest(run, group):
+    "The number of draws that every question has, at least 1."
+    return max(1, min((run._rows(qa, "draws") for qa in run.questions[group]), default=0))
+
+def _both(run, n, n_retain):
+    "What was asked: forget questions, and retain questions where they have their draws; ValueError when n are not there."
+    forget = Asked(*run.asked(n))
+    m = n_retain or _fewest(run, "retain")
+    there = run.questions.get("retain") and not run.lacking(m, "retain")
+    return forget, Asked(*run.asked(m, "retain")) if there else None
+
+def _provenance(run, n, forget, retain):
+    "The settings of a run, and what was looked at."
+    looks = sorted({(entry["n"], entry["questions"]) for entry in run.looks})
+    counts = dict(n=n, questions=len(forget.qas), retain_questions=len(retain.qas) if retain else 0)
+    return run.settings | counts | dict(planned_looks=run.planned, looks=looks, versions=run.made)
+
+# %% ../nbs/4_reports/06_reading.ipynb #75a827ac
 def report_run(
-    run,                            # a run's folder, or a `Run`
-    n: int = None,                  # draws per question; None: as many as every question has
-    score: str = "keywords",        # a score's name, or a function (answer, QA) → [0, 1]
-    leak_at: float = 1.0,           # a draw leaks when its score is at least this
-    alpha: float = 0.01,            # chance that one claim is wrong
-    name: str = "model",            # the model's name in tables
-    n_retain: int = None,           # draws per retain question; None: as many as every one has
-    **how,                          # more provenance
-):                                  # `Report`; ValueError while draws are missing, FileNotFoundError when there is no run
+    run,                        # a run's folder, or a `Run`
+    n: int = None,              # draws per question; None: as many as every question has
+    *,
+    score: str = "keywords",
+    leak_at: float = 1.0,
+    alpha: float = 0.01,        # chance that one claim is wrong
+    name: str = "model",        # the model's name in tables
+    n_retain: int = None,       # draws per retain question; None: as many as every one has
+    **how,                      # more provenance
+) -> Report:                    # ValueError while draws are missing, FileNotFoundError when there is no run
     "Report on the draws of a run, and write down that somebody looked."
     run = run if isinstance(run, Run) else read_run(run)
     for what, value in (("n", n), ("n_retain", n_retain)):
-        if value is not None and not is_whole(value, 1): raise ValueError(f"{what} must be a whole number >= 1, got {value!r}")
+        if value is not None: whole(what, value)
     n = n or _fewest(run, "forget")
-    forget = Asked(*run.asked(n))
-    m = n_retain or _fewest(run, "retain")
-    retain = Asked(*run.asked(m, "retain")) if run.questions.get("retain") and not run.lacking(m, "retain") else None
+    forget, retain = _both(run, n, n_retain)
     for asked in filter(None, (forget, retain)): check_score(score, asked.qas)
     leaked([], leak_at)
     parts, anytime = look(run, n, score=score_name(score), leak_at=leak_at, alpha=alpha)
-    settings = run.settings | dict(n=n, questions=len(forget.qas), retain_questions=len(retain.qas) if retain else 0, planned_looks=run.planned, looks=sorted({(e["n"], e["questions"]) for e in run.looks}))
-    return Report(name, forget, retain, score, leak_at, alpha / parts, settings | dict(versions=run.made) | how, parts, anytime=anytime)
-
-def _fewest(run, group): return max(1, min((run._rows(qa, "draws") for qa in run.questions[group]), default=0))
+    return Report(
+        name, forget, retain, score=score, leak_at=leak_at, alpha=alpha / parts, looks=parts, anytime=anytime,
+        how=_provenance(run, n, forget, retain) | how)
 
 # %% ../nbs/4_reports/06_reading.ipynb #96589a26
+def _check_pairs(report, first):
+    "ValueError unless draw i of one can stand beside draw i of the other."
+    n, m = report.x.shape[1], first.x.shape[1]
+    if n != m:
+        raise ValueError(f"{report.name!r} has {n:,} draws per question, {first.name!r} {m:,}: pairs need the same number, so "
+                         "report on both at the same n")
+    if report.anytime:
+        raise ValueError(f"{report.name!r} was looked at and extended, so its n was not fixed; a difference needs draws with "
+                         "a fresh seed")
+
+def _ways(*reports):
+    "One way to draw, or each with its model."
+    ways = [report.forget.way for report in reports]
+    if len(set(ways)) == 1: return ways[0]
+    return "; ".join(f"{report.name}: {way}" for report, way in zip(reports, ways))
+
+def _difference(report, first, alpha):
+    "What can be claimed about the average leak probability of one model minus that of another."
+    of = [np.where(each.missing, np.nan, each.leaks) for each in (report, first)]
+    looks, pairs = max(report.looks, first.looks), report.models * first.models     # all that could have been compared
+    bound = difference_bound(*of, alpha=alpha / looks / pairs, pooled=True, missing="worst")
+    return replace(
+        looked(bound, looks, pairs), alpha=alpha, decoding=_ways(report, first),
+        quantity=f"the average leak probability of {report.name} minus that of {first.name}",
+        scope=f"{bound.scope}, leak: {report.what_leaks}")
+
+# %% ../nbs/4_reports/06_reading.ipynb #a25c18f1
 def versus(
-    reports: list,          # `Report`s on the same questions, with the same number of draws and score; the first is compared with each of the others
+    reports: list,          # `Report`s on the same questions, with as many draws; the first is compared with each other one
+    *,
     alpha: float = 0.01,    # chance that the claim about one pair is wrong
     reference: tuple = (),  # names of reports that are there for comparison only
-):                          # `Board` with the differences as notes; ValueError when the reports don't match or were extended after a look
-    "Models side by side, and what can be claimed about their differences (betting on paired draws: Waudby-Smith and Ramdas 2024)."
-    board = Board(list(reports), reference, " versus ".join(r.name for r in reports))
+) -> Board:                 # with the differences as notes; ValueError when reports don't match or were extended after a look
+    "Models side by side, and claims about their differences (betting on paired draws: Waudby-Smith and Ramdas 2024)."
+    board = Board(list(reports), reference=reference, name=" versus ".join(r.name for r in reports))
     first, *others = board.reports
-    for r in board.reports:
-        if r.x.shape != first.x.shape: raise ValueError(f"{r.name!r} has {r.x.shape[1]:,} draws per question, {first.name!r} {first.x.shape[1]:,}: pairs need the same number, so report on both at the same n")
-        if r.anytime: raise ValueError(f"{r.name!r} was looked at and extended, so its n was not fixed; a difference needs draws with a fresh seed")
-    for r in others:
-        of = [np.where(each.missing, np.nan, each.leaks) for each in (r, first)]
-        looks, pairs = max(r.looks, first.looks), r.models * first.models       # all pairs that could have been compared
-        bound = looked(difference_bound(*of, alpha / looks / pairs, pooled=True, missing="worst"), looks, pairs)
-        what = dict(quantity=f"the average leak probability of {r.name} minus that of {first.name}", scope=f"{bound.scope}, leak: {r.what_leaks}", decoding=_decodings(r, first))
-        board.notes.append(str(replace(bound, alpha=alpha, **what)))
+    for report in board.reports: _check_pairs(report, first)
+    board.notes += [str(_difference(report, first, alpha)) for report in others]
     return board
-
-def _decodings(*reports):
-    "One decoding, or each with its model."
-    how = [str(r.forget.draws[0].decoding) for r in reports]
-    return how[0] if len(set(how)) == 1 else "; ".join(f"{r.name}: {d}" for r, d in zip(reports, how))

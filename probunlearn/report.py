@@ -6,73 +6,228 @@
 __all__ = ['SCHEMA', 'Asked', 'certain_leak', 'Report', 'as_json', 'Board']
 
 # %% ../nbs/4_reports/05_report.ipynb #3736e048
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from textwrap import fill
 import json
 import numpy as np
 
 # %% ../nbs/4_reports/05_report.ipynb #35d01af1
 from .bounds import binary_bound, confidence, leaked
+from .checks import whole
 from .data import check_unique
-from .checks import is_whole
+from .files import replacing, write_text
 from .looks import anytime_claims, anytime_leakage
 from .metrics import dataset_claims, diversity, leakage, seen_mass_bounds
-from .page import CSS, html_page, picture
+from .page import html_page, in_notebook, picture
 from .plots import method_board, score_density
 from .scores import check_score, score_answers, score_draws, score_name
 from .sequential import RateSequence, looked
-from .statement import board_body, board_card, card, lead, report_body
+from .statement import board_body, board_card, board_lead, card, lead, report_body, silence
 
 # %% ../nbs/4_reports/05_report.ipynb #4e99ea38
+def _prompt(draws):
+    "How a question was asked, in words; empty when unknown."
+    return getattr(draws, "prompt", "")
+
+def _check_ids(asked):
+    "ValueError unless draws and greedy answers are those of the questions."
+    expected = [qa.id for qa in asked.qas]
+    for name in ("draws", "greedy"):
+        found = getattr(asked, name)
+        ids = [d.id for d in found]
+        if ids != expected:
+            raise ValueError(f"{name} belong to questions {ids[:3]}…, the questions are {expected[:3]}…")
+        for d in found:
+            if not (d.answers if name == "draws" else d.n):
+                raise ValueError(f"{name}: there is no answer to question {d.id!r}")
+
+def _check_one_way(asked):
+    "ValueError unless all were asked alike, and the draws were drawn alike."
+    first = asked.draws[0]
+    for d in asked.draws:
+        if d.decoding != first.decoding:
+            raise ValueError(f"a claim names one decoding, but {first.id!r} was drawn at {first.decoding}, {d.id!r} at "
+                             f"{d.decoding}: make a report for each decoding")
+    for d in [*asked.draws, *asked.greedy]:
+        if _prompt(d) != _prompt(first):
+            was, other = (_prompt(each) or "asked in a way that is not written down" for each in (first, d))
+            raise ValueError(f"a claim names one prompt, but {first.id!r} was {was}, {d.id!r} {other}: make a report for "
+                             "each prompt, with greedy answers that were asked for by it")
+
+# %% ../nbs/4_reports/05_report.ipynb #99fb6c45
 @dataclass
 class Asked:
     "Questions, the draws for them and the greedy answers. ValueError when the three don't belong together."
     qas: list       # `QA`
     draws: list     # `Draws`, one per question
-    greedy: list    # `Draws` with n = 1, one per question
+    greedy: list    # `Draws` with n = 1, one per question; its one answer may be missing
 
     def __post_init__(self):
         check_unique(self.qas)
-        for name in ("draws", "greedy"):
-            ids, expected = [d.id for d in getattr(self, name)], [qa.id for qa in self.qas]
-            if ids != expected: raise ValueError(f"{name} belong to questions {ids[:3]}…, the questions are {expected[:3]}…")
-            for d in getattr(self, name):
-                if not d.answers or (name == "greedy" and d.texts[0] is None): raise ValueError(f"{name}: there is no answer to question {d.id!r}")
-        for d in self.draws:
-            if d.decoding != self.draws[0].decoding:
-                raise ValueError(f"a claim names one decoding, but {self.draws[0].id!r} was drawn at {self.draws[0].decoding}, {d.id!r} at {d.decoding}: make a report for each decoding")
+        _check_ids(self)
+        _check_one_way(self)
+
+    @property
+    def prompt(self):
+        "How the questions were asked, in words; empty when unknown."
+        return _prompt(self.draws[0])
+
+    @property
+    def way(self):
+        "How the draws were made, in words: the decoding and, where known, the prompt."
+        return ", ".join(filter(None, [str(self.draws[0].decoding), self.prompt]))
 
     def scores(self, score):
         "Scores of the draws (question, draw)."
         return score_draws(self.draws, self.qas, score)
 
     def greedy_scores(self, score):
-        "Scores of the greedy answers (question,)."
+        "Scores of the greedy answers (question,); NaN where one is missing."
         return score_draws(self.greedy, self.qas, score)[:, 0]
 
-    def greedy_texts(self): return [d.texts[0] for d in self.greedy]                            # (question,)
+    def greedy_texts(self):
+        "The greedy answers (question,); None where one is missing."
+        return [d.texts[0] for d in self.greedy]
 
 # %% ../nbs/4_reports/05_report.ipynb #1798e26b
 def certain_leak(
-    draws,              # `Draws` of one question
+    draws,
     qa,
-    score: str,
-    leak_at: float,
-):                      # (lower, upper) on P(leak), exact up to floating point
+    *,
+    score: str = "keywords",
+    leak_at: float = 1.0,
+) -> tuple:             # (lower, upper) on P(leak), exact up to floating point
     "Bounds on a leak probability from the exact probabilities of the answers seen."
     if draws.logprobs is None: return 0., 1.
     gives_away = leaked(score_answers(draws.answers, qa, score), leak_at)
-    return tuple(seen_mass_bounds(np.exp(draws.logprobs), gives_away.astype(float)).value)
+    low, high = seen_mass_bounds(np.exp(draws.logprobs), gives_away.astype(float)).value
+    return low, high
+
+# %% ../nbs/4_reports/05_report.ipynb #5dd391d1
+def _paid(bound, looks, models):
+    "The bound at the α that is left after looks and choices."
+    if bound.sampling == "fixed-n": return looked(bound, looks, models)
+    left = looked(replace(bound, sampling="fixed-n"), looks, models)
+    chosen = f", best of {models} models; draw it again with a fresh seed" * (models > 1)
+    return replace(left, sampling=f"anytime{chosen}")
+
+def _claims(report):
+    "The guaranteed statements by name, before they are paid for."
+    if report.anytime: return anytime_claims(report.x, report.alpha, report.leak_at)
+    return dataset_claims(report.x, report.alpha, report.leak_at, missing="worst")
+
+def _bounds(report):
+    "The guaranteed statements by name, paid for, with their whole scope."
+    found = {}
+    for name, bound in _claims(report).items():
+        paid = _paid(bound, report.looks, report.models)
+        found[name] = replace(paid, scope=f"{paid.scope}, leak: {report.what_leaks}", decoding=report.decoding)
+    return found
+
+# %% ../nbs/4_reports/05_report.ipynb #8bb2fac4
+def _seen(report):
+    "What was seen, in one sentence."
+    of, n = len(report.x), report.x.shape[1]
+    some, hidden = report.leaks.any(1).sum(), report.hidden.sum()
+    return (f"Greedy decoding leaks on {report.greedy_leaks.sum()} of {of} questions; among {n:,} draws each, some draw leaks "
+            f"on {some}, {hidden} of which greedy decoding calls clean (leak: {report.what_leaks}; {report.decoding}).")
+
+def _lost(report):
+    "What is missing, in sentences."
+    draws, greedy = int(report.missing.sum()), int(report.greedy_missing.sum())
+    if draws: yield f"{draws:,} draws are missing; every upper bound counts them as leaks."
+    if greedy: yield f"{greedy:,} of {len(report.x):,} greedy answers are missing; they count as no leak seen."
+
+# %% ../nbs/4_reports/05_report.ipynb #5740ae40
+def _numbers(report):
+    "Leaks, scores and their bounds: column → (Q,)."
+    x, alpha = report.x, report.alpha
+    if report.anytime:
+        lower = RateSequence(alpha, "lower").add(report.leaks * 1.).bound.value
+        return anytime_leakage(x, report.leak_at, alpha) | dict(rate_lower=lower)
+    lower = binary_bound(report.leaks.sum(1), x.shape[1], alpha=alpha, side="lower").value
+    return leakage(x, report.leak_at, alpha, missing="worst") | dict(rate_lower=lower)
+
+def _frame(report):
+    "One row per forget question."
+    import pandas as pd
+    asked, how = report.forget, dict(score=report.score, leak_at=report.leak_at)
+    certain = np.array([certain_leak(d, qa, **how) for d, qa in zip(asked.draws, asked.qas)])
+    columns = dict(
+        question=[qa.question for qa in asked.qas],
+        reference=[qa.answer for qa in asked.qas],
+        greedy=asked.greedy_texts(),
+        greedy_score=report.greedy_x)
+    columns |= _numbers(report)
+    columns |= dict(certain_lower=certain[:, 0], certain_upper=certain[:, 1])
+    columns |= dict(distinct=[len(d.answers) for d in asked.draws])
+    return pd.DataFrame(columns, index=pd.Index([qa.id for qa in asked.qas], name="id"))
+
+# %% ../nbs/4_reports/05_report.ipynb #8c29b0fc
+def _mean(values):
+    "The mean of what came; NaN when nothing did."
+    values = np.asarray(values, dtype=float)
+    came = values[~np.isnan(values)]
+    return came.mean() if len(came) else np.nan
+
+def _distinct(asked):
+    "Distinct answers per draw, on average."
+    came = [[text for text in d.texts if text is not None] for d in asked.draws]
+    return np.mean([diversity(texts)["distinct_answers"] for texts in came])
+
+def _lengths(asked):
+    "Words of the greedy answers that came."
+    return [len(text.split()) for text in asked.greedy_texts() if text is not None]
+
+def _summary(report):
+    "The model in one row."
+    frame, words = report.to_frame(), _lengths(report.forget)
+    row = dict(
+        greedy=report.greedy_leaks.mean(),
+        rate=frame.rate.mean(),
+        bound=float(report.bounds["average leak"]),
+        certain=frame.certain_upper.mean(),
+        worst=float(report.bounds["worst question"]),
+        some_draw=report.leaks.any(1).mean(),
+        score=frame["mean"].mean(),
+        ed=frame.ed.mean(),
+        words=np.median(words) if words else np.nan,
+        empty=_mean([length == 0 for length in words]),
+        distinct=_distinct(report.forget))
+    if report.retain: row |= _kept(report)
+    return {name: float(value) for name, value in row.items()}
+
+def _kept(report):
+    "What is left of what must still be known."
+    retain, score = report.retain, report.score
+    return dict(
+        retain=_mean(retain.greedy_scores(score)), retain_draws=_mean(retain.scores(score)), retain_distinct=_distinct(retain))
+
+# %% ../nbs/4_reports/05_report.ipynb #a2c56ba8
+def _plot(report, ax=None):
+    "The scores of the question with the most leaks that greedy decoding calls clean."
+    looks_clean = ~report.greedy_leaks & ~report.greedy_missing
+    q = int(np.argmax(np.where(looks_clean, report.leaks.sum(1), -1)))
+    greedy = None if report.greedy_missing[q] else report.greedy_x[q]
+    bound = report.to_frame().mean_upper.iloc[q]
+    return score_density(report.x[q], greedy=greedy, bound=bound, score=report.score, ax=ax)
+
+def _screen(name, first, lines):
+    "A result as a screen of text."
+    points = [fill(f"• {line}", 118, subsequent_indent="  ") for line in lines]
+    return "\n\n".join([name, fill(first, 118), "\n".join(points)])
 
 # %% ../nbs/4_reports/05_report.ipynb #71176540
-@dataclass
+@dataclass(repr=False)
 class Report:
-    "What one model leaks and keeps: claims, tables and figures, from draws and greedy answers. ValueError when the score is unknown or doesn't fit."
+    "What one model leaks and keeps: claims, tables and figures. ValueError when the score is unknown or doesn't fit."
     name: str                       # of the model, as it should stand in tables
     forget: Asked                   # what must not be known
     retain: Asked = None            # what must still be known
+    _: KW_ONLY                      # what follows is given by name
     score: str = "keywords"         # a score's name, or a function (answer, QA) → [0, 1]
     leak_at: float = 1.0            # a draw leaks when its score is at least this
     alpha: float = 0.01             # chance that one claim is wrong, before looks and models are paid for
@@ -83,64 +238,41 @@ class Report:
 
     def __post_init__(self):
         for asked in filter(None, (self.forget, self.retain)): check_score(self.score, asked.qas)
-        if not (is_whole(self.looks, 1) and is_whole(self.models, 1)): raise ValueError(f"looks and models must be whole numbers >= 1, got {self.looks!r} and {self.models!r}")
+        for name in ("looks", "models"): whole(name, getattr(self, name))
         self.x, self.greedy_x = self.forget.scores(self.score), self.forget.greedy_scores(self.score)   # (Q, n), (Q,)
-        self.missing = np.isnan(self.x)                                                                 # (Q, n) the worst case in upper bounds, never a leak seen
-        self.greedy_leaks, self.leaks = leaked(self.greedy_x, self.leak_at), leaked(self.x, self.leak_at) & ~self.missing   # (Q,), (Q, n)
+        self.missing, self.greedy_missing = np.isnan(self.x), np.isnan(self.greedy_x)                   # (Q, n), (Q,)
+        self.leaks = leaked(self.x, self.leak_at) & ~self.missing                                       # (Q, n) seen
+        self.greedy_leaks = leaked(self.greedy_x, self.leak_at) & ~self.greedy_missing                  # (Q,) seen
+        self.hidden = self.leaks.any(1) & ~self.greedy_leaks & ~self.greedy_missing     # (Q,) greedy decoding calls it clean
 
     @property
     def what_leaks(self): return f"{score_name(self.score)} ≥ {self.leak_at:g}"
-
     @property
-    def decoding(self): return f"{self.forget.draws[0].decoding}, model {self.name}"
-
+    def decoding(self): return f"{self.forget.way}, model {self.name}"
     @property
     def confidence(self): return confidence(self.alpha * self.looks * self.models)
-
     @cached_property
     def bounds(self):
         "The guaranteed statements by name, each wrong with probability at most alpha · looks · models."
-        claims = anytime_claims(self.x, self.alpha, self.leak_at) if self.anytime else dataset_claims(self.x, self.alpha, self.leak_at, missing="worst")
-        return {name: replace(_paid(b, self.looks, self.models), scope=f"{b.scope}, leak: {self.what_leaks}", decoding=self.decoding) for name, b in claims.items()}
-
+        return _bounds(self)
     @property
     def claims(self):
         "What was seen, then what is guaranteed, in sentences."
-        some, lost = self.leaks.any(1), int(self.missing.sum())
-        seen = (f"Greedy decoding leaks on {self.greedy_leaks.sum()} of {len(self.x)} questions; among {self.x.shape[1]:,} draws each, some draw leaks on {some.sum()}, "
-                f"{(some & ~self.greedy_leaks).sum()} of which greedy decoding calls clean (leak: {self.what_leaks}; {self.decoding}).")
-        return [seen] + [f"{lost:,} draws are missing; every upper bound counts them as leaks."] * (lost > 0) + [str(b) for b in self.bounds.values()]
-
+        return [*silence(self), _seen(self), *_lost(self), *map(str, self.bounds.values())]
     @cached_property
-    def _frame(self):
-        import pandas as pd
-        asked, n = self.forget, self.x.shape[1]
-        certain = np.array([certain_leak(d, qa, self.score, self.leak_at) for d, qa in zip(asked.draws, asked.qas)])
-        if self.anytime: numbers, lower = anytime_leakage(self.x, self.leak_at, self.alpha), RateSequence(self.alpha, "lower").add(self.leaks * 1.).bound.value
-        else: numbers, lower = leakage(self.x, self.leak_at, self.alpha, missing="worst"), binary_bound(self.leaks.sum(1), n, self.alpha, side="lower").value
-        return pd.DataFrame(dict(
-            question=[qa.question for qa in asked.qas], reference=[qa.answer for qa in asked.qas], greedy=asked.greedy_texts(), greedy_score=self.greedy_x)
-            | numbers | dict(rate_lower=lower, certain_lower=certain[:, 0], certain_upper=certain[:, 1], distinct=[len(d.answers) for d in asked.draws]),
-            index=pd.Index([qa.id for qa in asked.qas], name="id"))
+    def _table(self): return _frame(self)
 
     def to_frame(self):
-        "One row per forget question; each bound is wrong with probability at most alpha · looks · models for that question alone."
-        return self._frame.copy()
+        "One row per forget question; each bound is wrong with probability at most alpha · looks · models for it alone."
+        return self._table.copy()
 
     def summary(self):
         "The model in one row: leakage on forget, what is left on retain, and whether it still answers at all."
-        frame, words = self._frame, [len(text.split()) for text in self.forget.greedy_texts()]
-        row = dict(greedy=self.greedy_leaks.mean(), rate=frame.rate.mean(), bound=float(self.bounds["average leak"]), certain=frame.certain_upper.mean(),
-                   worst=float(self.bounds["worst question"]), some_draw=self.leaks.any(1).mean(), score=frame["mean"].mean(), ed=frame.ed.mean(),
-                   words=np.median(words), empty=np.mean([w == 0 for w in words]), distinct=_distinct(self.forget))
-        if self.retain:
-            row |= dict(retain=self.retain.greedy_scores(self.score).mean(), retain_draws=np.nanmean(self.retain.scores(self.score)), retain_distinct=_distinct(self.retain))
-        return {k: float(v) for k, v in row.items()}
+        return _summary(self)
 
     def plot(self, ax=None):
         "The scores of the question with the most leaks that greedy decoding calls clean."
-        q = int(np.argmax(np.where(self.greedy_leaks, -1, self.leaks.sum(1))))
-        return score_density(self.x[q], greedy=self.greedy_x[q], bound=self._frame.mean_upper.iloc[q], score=self.score, ax=ax)
+        return _plot(self, ax)
 
     def body(self, digest=""):
         "The report as HTML; `digest` names the JSON beside the page."
@@ -150,76 +282,154 @@ class Report:
         "The report as Markdown for the model's page."
         return card(self, digest)
 
-    def _repr_html_(self): return f"{CSS}<div class='pu'>{self.body()}</div>"
-
     def save(self, path):
         "Write a self-contained HTML page, and beside it JSON with every answer, a Markdown card and the figure as PNG."
         return _save(self, path)
 
-def _paid(bound, looks, models):
-    "The bound at the α that is left after looks and choices."
-    if bound.sampling == "fixed-n": return looked(bound, looks, models)
-    return replace(looked(replace(bound, sampling="fixed-n"), looks, models), sampling="anytime" + f", best of {models} models; draw it again with a fresh seed" * (models > 1))
-
-def _distinct(asked): return np.mean([diversity([t for t in d.texts if t is not None])["distinct_answers"] for d in asked.draws])
+    def __repr__(self): return _screen(self.name, lead(self), self.claims)
+    def _repr_html_(self): return in_notebook(self.body())
 
 # %% ../nbs/4_reports/05_report.ipynb #275ef46a
 SCHEMA = {  # what the JSON beside a report holds
-    "schema": "probunlearn.report/1", "name": "the model, as tables call it", "lead": "the two main guarantees, and what they hold for", "claims": "all sentences, each with its scope",
-    "score": "how an answer is scored", "leak_at": "a draw leaks when its score is at least this", "alpha": "chance that one claim is wrong, looks and choices paid for",
-    "looks": "how often somebody looked or planned to", "models": "how many models this one was chosen from", "anytime": "whether the claims hold at all times",
-    "summary": "the model in one row, shares from 0 to 1", "bounds": "each claim as numbers: value, alpha, side, method, n, quantity, scope, sampling, decoding",
-    "questions": "one record per forget question: texts, counts, bounds, and all distinct answers with draws, natural log-probability and score", "how": "provenance: fingerprints, decoding, seed, versions, command"}
+    "schema": "probunlearn.report/1",
+    "name": "the model, as tables call it",
+    "lead": "the two main guarantees, and what they hold for",
+    "claims": "all sentences, each with its scope",
+    "score": "how an answer is scored",
+    "leak_at": "a draw leaks when its score is at least this",
+    "prompt": "how the questions were asked, in words; empty when unknown",
+    "alpha": "chance that one claim is wrong, looks and choices paid for",
+    "looks": "how often somebody looked or planned to",
+    "models": "how many models this one was chosen from",
+    "anytime": "whether the claims hold at all times",
+    "summary": "the model in one row, shares from 0 to 1; null where there was nothing to measure",
+    "bounds": "each claim as numbers: value, alpha, side, method, n, quantity, scope, sampling, decoding",
+    "questions": "one record per forget question: texts (null where no answer came), counts, bounds, and all distinct answers "
+                 "with draws, natural log-probability and score",
+    "how": "provenance: fingerprints, decoding, seed, versions, command",
+}
 
+# %% ../nbs/4_reports/05_report.ipynb #dc112db7
+def _answers(draws, qa, score):
+    "All distinct answers to one question."
+    p = [None] * len(draws.answers) if draws.logprobs is None else map(float, draws.logprobs)
+    scores = score_answers(draws.answers, qa, score)
+    rows = zip(draws.answers, draws.counts, p, scores)
+    return [dict(answer=text, draws=int(n), logprob=logprob, score=float(x)) for text, n, logprob, x in rows]
+
+def _questions(report):
+    "One record per forget question."
+    records = json.loads(report.to_frame().reset_index().to_json(orient="records", double_precision=15))
+    for record, draws, qa in zip(records, report.forget.draws, report.forget.qas):
+        record["answers"] = _answers(draws, qa, report.score)
+    return records
+
+def _plain(bound):
+    "A claim as plain values."
+    return {name: np.asarray(value).tolist() for name, value in vars(bound).items()}
+
+def _as_report(report):
+    "A report as plain data, field by field of `SCHEMA`."
+    return {
+        "schema": SCHEMA["schema"],
+        "name": report.name,
+        "lead": lead(report),
+        "claims": report.claims,
+        "score": score_name(report.score),
+        "leak_at": report.leak_at,
+        "prompt": report.forget.prompt,
+        "alpha": report.alpha * report.looks * report.models,
+        "looks": report.looks,
+        "models": report.models,
+        "anytime": report.anytime,
+        "summary": {name: None if np.isnan(value) else value for name, value in report.summary().items()},
+        "bounds": {name: _plain(bound) for name, bound in report.bounds.items()},
+        "questions": _questions(report),
+        "how": report.how,
+    }
+
+# %% ../nbs/4_reports/05_report.ipynb #aca1d414
 def as_json(
     result,     # `Report` or `Board`
-):              # dict of plain values with the fields of `SCHEMA`; a board holds `name`, `notes` and `models`
+) -> dict:      # plain values with the fields of `SCHEMA`; a board holds `name`, `notes` and `models`
     "A result as plain data."
-    if isinstance(result, Board): return dict(schema="probunlearn.board/1", name=result.name, notes=result.notes, models=[as_json(r) for r in result.reports])
-    questions = json.loads(result._frame.reset_index().to_json(orient="records", double_precision=15))
-    for row, d, qa in zip(questions, result.forget.draws, result.forget.qas): row["answers"] = _answers(d, score_answers(d.answers, qa, result.score))
-    bounds = {k: {name: np.asarray(v).tolist() for name, v in vars(b).items()} for k, b in result.bounds.items()}
-    values = SCHEMA["schema"], result.name, lead(result), result.claims, score_name(result.score), result.leak_at, result.alpha * result.looks * result.models, result.looks, result.models, result.anytime
-    return dict(zip(SCHEMA, (*values, result.summary(), bounds, questions, result.how)))
+    if isinstance(result, Report): return _as_report(result)
+    models = [_as_report(report) for report in result.reports]
+    return dict(schema="probunlearn.board/1", name=result.name, notes=result.notes, models=models)
 
-def _answers(d, x): return [dict(answer=t, draws=int(c), logprob=None if d.logprobs is None else float(d.logprobs[i]), score=float(x[i])) for i, (t, c) in enumerate(zip(d.answers, d.counts))]
+# %% ../nbs/4_reports/05_report.ipynb #f963131b
+_KINDS = ".html", ".json", ".md", ".png"
+
+def _page_path(path):
+    "Where the page goes: the .1 of llama-3.1 is no suffix. ValueError for another format."
+    path = Path(path)
+    if not path.suffix[1:].isalpha(): return path.with_name(path.name + ".html")
+    if path.suffix not in _KINDS:
+        raise ValueError(f"a report is written as .html, .json, .md and .png, not {path.suffix}: {path}")
+    return path.with_suffix(".html")
 
 def _save(result, path):
-    "Write a report or a board as HTML, JSON, Markdown and PNG; returns the HTML file's path."
-    path = Path(path)
-    if path.suffix[1:].isalpha() and path.suffix not in (".html", ".json", ".md", ".png"): raise ValueError(f"a report is written as .html, .json, .md and .png, not {path.suffix}: {path}")
-    path = path.with_suffix(".html") if path.suffix[1:].isalpha() else path.with_name(path.name + ".html")      # the .1 of llama-3.1 is no suffix
+    "Write a report or a board as JSON, PNG, Markdown and HTML; returns the HTML file's path."
+    path = _page_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = json.dumps(as_json(result), indent=1, ensure_ascii=False, default=str).encode()
-    digest = sha256(data).hexdigest()
-    path.with_suffix(".json").write_bytes(data)
-    path.with_suffix(".png").write_bytes(picture(result.plot)[0])
-    path.with_suffix(".md").write_text(result.card(digest), encoding="utf-8")
-    path.write_text(html_page(f"probunlearn: {result.name}", result.body(digest)), encoding="utf-8")
-    return path
+    text = json.dumps(as_json(result), indent=1, ensure_ascii=False, default=str)
+    digest = sha256(text.encode("utf-8")).hexdigest()
+    write_text(path.with_suffix(".json"), text)
+    with replacing(path.with_suffix(".png")) as file: file.write(picture(result.plot)[0])
+    write_text(path.with_suffix(".md"), result.card(digest))
+    return write_text(path, html_page(f"probunlearn: {result.name}", result.body(digest)))
+
+# %% ../nbs/4_reports/05_report.ipynb #755e9c04
+def _numbered(reports):
+    "Reports with names of their own: equal ones are numbered."
+    names = [report.name for report in reports]
+    def own(i): return f"{names[i]} ({names[:i].count(names[i]) + 1})"
+    return [r if names.count(r.name) == 1 else replace(r, name=own(i)) for i, r in enumerate(reports)]
+
+def _check_reference(board):
+    "ValueError when a row that is for comparison isn't there."
+    names = [report.name for report in board.reports]
+    strangers = set(board.reference) - set(names)
+    if strangers: raise ValueError(f"no report is called {', '.join(sorted(strangers))}; there are {', '.join(names)}")
+
+def _check_alike(report, first):
+    "ValueError unless the bounds of two reports can stand side by side."
+    def asked(r): return [(qa.id, qa.question, qa.answer, qa.keywords) for qa in r.forget.qas]
+    def settings(r): return f"{r.what_leaks}, alpha = {r.alpha * r.looks:g}"
+    if asked(report) != asked(first): raise ValueError(f"{report.name!r} was asked other questions than {first.name!r}")
+    same = (report.score, report.leak_at) == (first.score, first.leak_at)
+    if same and np.isclose(report.alpha * report.looks, first.alpha * first.looks): return
+    raise ValueError(f"{report.name!r} has another score, threshold or alpha than {first.name!r}: {settings(report)}, not "
+                     f"{settings(first)}. Bounds side by side need the same: report on its draws again with these")
+
+# %% ../nbs/4_reports/05_report.ipynb #029decdc
+def _best(board):
+    "The report with the lowest bound, as one that was chosen from all."
+    rivals = [report for report in board.reports if report.name not in board.reference]
+    if not rivals: raise ValueError(f"all models of the board are references: {', '.join(board.reference)}")
+    best = min(rivals, key=lambda report: float(report.bounds["average leak"]))
+    return replace(best, models=sum(report.models for report in rivals))
+
+def _told(board):
+    "The board as lines of text: a row for each model, then what was compared."
+    def row(r): return f"{r.name}: {r.bounds['average leak']}"
+    return [*map(row, board.reports), *board.notes]
 
 # %% ../nbs/4_reports/05_report.ipynb #0f70c3fa
-@dataclass
+@dataclass(repr=False)
 class Board:
-    "Reports of several models on the same questions, one row each; equal names are numbered. ValueError when the questions, the score, the threshold or α differ, or for a reference that isn't there."
-    reports: list                   # `Report`
+    "Models on the same questions, a row each; equal names are numbered. ValueError for rows that can't be compared."
+    reports: list                   # `Report`, with the same questions, score, threshold and α
+    _: KW_ONLY                      # what follows is given by name
     reference: tuple = ()           # names of rows that are only there for comparison
     name: str = "models compared"   # title
     notes: list = field(default_factory=list)   # claims about differences, in sentences
 
     def __post_init__(self):
         if not self.reports: raise ValueError("a board needs at least one report")
-        names = [r.name for r in self.reports]
-        self.reports = [r if names.count(r.name) == 1 else replace(r, name=f"{r.name} ({names[:i].count(r.name) + 1})") for i, r in enumerate(self.reports)]
-        strangers = set(self.reference) - {r.name for r in self.reports}
-        if strangers: raise ValueError(f"no report is called {', '.join(sorted(strangers))}; there are {', '.join(r.name for r in self.reports)}")
-        first = self.reports[0]
-        def asked(r): return [(q.id, q.question, q.answer, q.keywords) for q in r.forget.qas]
-        def settings(r): return f"{r.what_leaks}, alpha = {r.alpha * r.looks:g}"
-        for r in self.reports[1:]:
-            if asked(r) != asked(first): raise ValueError(f"{r.name!r} was asked other questions than {first.name!r}")
-            if (r.score, r.leak_at) != (first.score, first.leak_at) or not np.isclose(r.alpha * r.looks, first.alpha * first.looks):
-                raise ValueError(f"{r.name!r} has another score, threshold or alpha than {first.name!r}: {settings(r)}, not {settings(first)}. Bounds side by side need the same: report on its draws again with these")
+        self.reports = _numbered(self.reports)
+        _check_reference(self)
+        for report in self.reports[1:]: _check_alike(report, self.reports[0])
 
     def to_frame(self):
         "One row per model."
@@ -227,15 +437,13 @@ class Board:
         return pd.DataFrame({r.name: r.summary() for r in self.reports}).T.rename_axis("model")
 
     def best(self):
-        "The model with the lowest bound. Its claims pay for the choice; drawn again with a fresh seed they wouldn't have to."
-        rivals = [r for r in self.reports if r.name not in self.reference]
-        if not rivals: raise ValueError(f"all models of the board are references: {', '.join(self.reference)}")
-        best = min(rivals, key=lambda r: float(r.bounds["average leak"]))
-        return replace(best, models=sum(r.models for r in rivals))
+        "The model with the lowest bound. Its claims pay for the choice; drawn again with a fresh seed they needn't."
+        return _best(self)
 
     def plot(self, ax=None):
         "Greedy, sampled and bounded leakage of each model beside what it keeps."
-        return method_board(self.to_frame().rename(columns=dict(rate="mean")), self.reference, score=f"P({self.reports[0].what_leaks})", ax=ax)
+        frame = self.to_frame().rename(columns=dict(rate="mean"))
+        return method_board(frame, reference=self.reference, score=f"P({self.reports[0].what_leaks})", ax=ax)
 
     def body(self, digest=""):
         "The board as HTML; `digest` names the JSON beside the page."
@@ -245,8 +453,9 @@ class Board:
         "The board as Markdown."
         return board_card(self, digest)
 
-    def _repr_html_(self): return f"{CSS}<div class='pu'>{self.body()}</div>"
-
     def save(self, path):
         "Write a self-contained HTML page, and beside it JSON with every answer, a Markdown card and the figure as PNG."
         return _save(self, path)
+
+    def __repr__(self): return _screen(self.name, board_lead(self), _told(self))
+    def _repr_html_(self): return in_notebook(self.body())
