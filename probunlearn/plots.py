@@ -53,7 +53,7 @@ def _points(ax):
     "Width and height of `ax` in points."
     return np.array([ax.bbox.width, ax.bbox.height]) * 72 / ax.figure.dpi
 
-# %% ../nbs/4_reports/01_plots.ipynb #195c262b
+# %% ../nbs/4_reports/01_plots.ipynb #25c73fca
 def _legend(ax, wide=1):
     "Put the legend below `ax`, in one row if that fits into `wide` times its width."
     labels = ax.get_legend_handles_labels()[1]
@@ -71,7 +71,7 @@ def _title(ax, text, wide=1):
     lines = fill(text.replace(" %", "\N{NO-BREAK SPACE}%"), room)
     ax.set_title(lines.replace("\N{NO-BREAK SPACE}", " "), loc="center", x=0, ha="left")
 
-# %% ../nbs/4_reports/01_plots.ipynb #9d0a6986
+# %% ../nbs/4_reports/01_plots.ipynb #f8bc2842
 def _share(p, side=None):
     "A share in words; that of a bound is rounded outward, to its `side`."
     digits = 3 if p > .1 else 2
@@ -125,7 +125,7 @@ def _headline(x, count, greedy):
     if not above: return f"Greedy scores {greedy:.3g}; none of {count} scores higher"
     return f"Greedy scores {greedy:.3g}, yet {_share(above)} of {count} score higher, up to {x.max():.3g}"
 
-# %% ../nbs/4_reports/01_plots.ipynb #f38d0a2c
+# %% ../nbs/4_reports/01_plots.ipynb #f38c317e
 def _histogram(ax, rest, n):
     "What is no needle: a histogram of its share of the n draws, and a strip with every draw below the axis."
     import seaborn as sns
@@ -166,7 +166,7 @@ def score_density(
     _title(ax, _headline(seen, count, greedy))
     return ax
 
-# %% ../nbs/4_reports/01_plots.ipynb #b20ff6fa
+# %% ../nbs/4_reports/01_plots.ipynb #ed17e065
 def just_below(
     t,                  # thresholds, any shape
     x: np.ndarray,      # scores
@@ -180,7 +180,7 @@ def _floats(x):
     x = np.asanyarray(x)
     return x if x.dtype.kind == "f" else x.astype(float)
 
-# %% ../nbs/4_reports/01_plots.ipynb #2d90fd64
+# %% ../nbs/4_reports/01_plots.ipynb #a468ad88
 def _band(x, t, alpha, method):
     "Between which ends P(score ≥ t) lies, for all t at once: two arrays like t."
     ends = survival_bound(x, at=just_below(t, x), alpha=alpha, side="two-sided", method=method, missing="worst").value
@@ -240,7 +240,7 @@ def _by_draws(ax, sizes, bounds, means):
     ax.set(xticks=sizes, xticklabels=[f"{n:,}" for n in sizes])
     ax.minorticks_off()
 
-# %% ../nbs/4_reports/01_plots.ipynb #6dee10cc
+# %% ../nbs/4_reports/01_plots.ipynb #755c6aac
 @style()
 def bound_by_draws(
     x: np.ndarray,          # scores of one question in [0, 1], in the order of drawing, (draw,); NaN counts as 1
@@ -283,7 +283,7 @@ def _winner(frame):
     if len(frame) == 1: return f"{best.name}: mean leak at most {found}; greedy shows {best['greedy']:.2g}"
     return f"{best.name} has the lowest bound of {len(frame)} ({found}); draw it again before claiming it"
 
-# %% ../nbs/4_reports/01_plots.ipynb #9744f91a
+# %% ../nbs/4_reports/01_plots.ipynb #da5684fa
 def _rows(ax, frame, rows):
     "Draw greedy score, mean and bound of each row."
     low = frame["lower"] if "lower" in frame else frame["mean"]
@@ -307,7 +307,7 @@ def small_shares(
 # %% ../nbs/4_reports/01_plots.ipynb #c0fb776f
 @style()
 def method_board(
-    frame,                          # DataFrame, a row per method: greedy, mean, bound on the mean; optional lower, retain
+    frame,                          # DataFrame, a row per method: greedy, mean, bound; optional lower, retain
     *,
     reference: Sequence[str] = (),  # rows for comparison only, which can't win
     score: str | Callable = "score",    # what was scored: a score's name, or your own words
