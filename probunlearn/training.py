@@ -200,7 +200,7 @@ class Batch:
     def _stats(self, part, lm):
         "What a model thinks of a part: forget, retain or refusal."
         m = self.material
-        return batch_stats(lm, [getattr(m, part)[i] for i in self.at[part]], m.model.tok.pad_token_id, m.config.pad_to, m.config.pack, **m.options[part])
+        return batch_stats(lm, [getattr(m, part)[i] for i in self.at[part]], m.model.tok.pad_token_id, width=m.config.pad_to, pack=m.config.pack, **m.options[part])
 
     def _taught(self, part):
         "What the model as it was thinks of a part."
@@ -319,7 +319,7 @@ def unlearn(
         loss = loss + h_f + h_r
         if processes()[1] > 1: loss = loss + 0 * b.forget.nll.sum()         # every weight takes part, or the processes wait for each other (RMU)
         return loss, b.look() | numbers
-    history = train_loop(model, pairs, config, loss_of, probe, m.forget + m.retain)
+    history = train_loop(model, pairs, config, loss_of, probe=probe, rows=m.forget + m.retain)
     if history.best: history.notes.append(f"The weights are those of update {history.best}, chosen by their leak bound among {sum('leak_bound' in r for r in history.rows)} looks: draw again with a fresh seed before claiming anything.")
     elif config.keep == "best": history.note(f"no look had a greedy retain score of {config.utility_floor} or more: the last weights were kept")
     return history
