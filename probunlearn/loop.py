@@ -340,7 +340,8 @@ def _finish(run):
     "The history of a run, with notes on it; its model is whole and in evaluation mode again."
     for tracker in run.accelerator.trackers: tracker.finish()   # end_training would end the processes' group, too
     if run.best is not None: set_weights(run.wrapped, run.best)
-    run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)      # else training's number format would stay on
+    # else training's number format would stay on
+    run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)
     if run.config.recompute: _recompute(run.model.lm, "disable")
     run.model.lm.eval()
     run.history.best = run.best_at and run.best_at[0]
