@@ -7,17 +7,10 @@ from accelerate.tracking import GeneralTracker
 from conftest import KINDS, random_lm
 from probunlearn.batches import batch_stats, check_packing, pad_batch, record_order
 from probunlearn.checkpoints import memory_needed, read_notes, saved_bytes
-<<<<<<< HEAD
-from probunlearn.data import QA, Template, encode, encode_prompt, fictional_authors, library
-from probunlearn.draws import Decoding
-from probunlearn.judges import refusal
-from probunlearn.loop import History, TrainConfig, check_start, finetune
-=======
 from probunlearn.data import QA, encode, encode_prompt, fictional_authors
 from probunlearn.draws import Decoding
 from probunlearn.librarian import library
 from probunlearn.loop import TrainConfig, check_start, finetune
->>>>>>> unlearning
 from probunlearn.losses import answer_mean
 from probunlearn.models import LocalModel, add_lora, load_model, small_model
 from probunlearn.temperature import AdaptiveTemperature
@@ -66,14 +59,10 @@ PLAIN = dict(batch_size=4, schedule="constant", warmup=0)
 def quick(**how): return TrainConfig(**PLAIN | dict(steps=4, lr=1e-3) | how)
 
 
-<<<<<<< HEAD
-# --- what it computes --------------------------------
-=======
 def quick_unlearn(**how): return UnlearnConfig(**PLAIN | dict(steps=6, lr=3e-4) | how)
 
 
 # --- what it computes -------------------------------------------------------------------------------------------------
->>>>>>> unlearning
 
 def test_the_same_seed_gives_the_same_weights_to_the_last_bit():
     prints = []
@@ -288,11 +277,7 @@ def test_divergence_is_an_error_that_names_the_rate():
     with pytest.raises(FloatingPointError, match=r"update \d+: lower lr"): finetune(model, FORGET[:2], quick())
 
 
-<<<<<<< HEAD
-# --- adapters --------------------------------
-=======
 # --- adapters ---------------------------------------------------------------------------------------------------------
->>>>>>> unlearning
 
 def test_lora_leaves_the_base_weights_untouched_and_the_reference_is_the_model_as_it_was():
     model = fresh()
@@ -311,11 +296,7 @@ def test_lora_leaves_the_base_weights_untouched_and_the_reference_is_the_model_a
     assert reference_nll(adapted, rows).mean() > expected.mean() + 1
 
 
-<<<<<<< HEAD
-# --- the model's own answers --------------------------------
-=======
 # --- the model's own answers ------------------------------------------------------------------------------------------
->>>>>>> unlearning
 
 def marked(row): return [i for i, label in zip(row["input_ids"], row["labels"]) if label != -100]
 
@@ -341,11 +322,7 @@ def test_own_answers_of_a_batch_with_repeats():
     assert len(own_answers(fresh("retain"), [FORGET[0], FORGET[1], FORGET[0]])[0]) == 2
 
 
-<<<<<<< HEAD
-# --- batches --------------------------------
-=======
 # --- batches ----------------------------------------------------------------------------------------------------------
->>>>>>> unlearning
 
 def test_pad_batch():
     batch = pad_batch([dict(input_ids=[7, 8, 9], labels=[-100, 8, 9]), dict(input_ids=[5], labels=[5])], pad_id=3)
@@ -355,11 +332,7 @@ def test_pad_batch():
         labels=[[-100, 8, 9], [5, -100, -100]])
 
 
-<<<<<<< HEAD
-# --- bad input, before any work --------------------------------
-=======
 # --- bad input, before any work ---------------------------------------------------------------------------------------
->>>>>>> unlearning
 
 def untouched(call, error, match):
     "The call fails, and the model is as it was."
@@ -454,11 +427,7 @@ def test_a_tokenizer_without_padding_token_is_named():
     untouched(call, ValueError, "padding|pad_token|pad token")
 
 
-<<<<<<< HEAD
-# --- the reference implementation's numbers --------------------------------
-=======
 # --- the reference implementation's numbers ---------------------------------------------------------------------------
->>>>>>> unlearning
 
 def padded_logp(model, ids, width):
     "Log-probabilities (width, V) after each position of a record that is padded to `width`, in float64."
@@ -501,11 +470,7 @@ def test_the_loss_is_the_references_before_and_after_a_step(method):
         assert rows[update]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
-<<<<<<< HEAD
-# --- batches, memory, number formats --------------------------------
-=======
 # --- batches, memory, number formats ----------------------------------------------------------------------------------
->>>>>>> unlearning
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_records_do_not_see_each_other(kind):
@@ -588,11 +553,7 @@ def test_saved_after_bf16_training_it_is_the_model_that_was_trained(tmp_path, ad
         assert [d.texts for d in look(model)] == [d.texts for d in look(again)]
 
 
-<<<<<<< HEAD
-# --- what a run says about itself --------------------------------
-=======
 # --- what a run says about itself -------------------------------------------------------------------------------------
->>>>>>> unlearning
 
 def test_early_stopping_and_the_diagnosis_name_the_retain_loss():
     config = quick_unlearn(method="grad_ascent", steps=40, lr=3e-3, stop_retain=.5)
@@ -666,11 +627,7 @@ def test_a_tracker_hears_every_update():
     assert heard == [1e-3] + [(row["step"], row["nll"]) for row in history.rows]
 
 
-<<<<<<< HEAD
-# --- records and methods --------------------------------
-=======
 # --- records and methods ----------------------------------------------------------------------------------------------
->>>>>>> unlearning
 
 def test_what_is_forgotten_and_kept_at_once_is_said():
     model = fresh()
