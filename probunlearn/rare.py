@@ -119,7 +119,7 @@ def weighted_bound(
     *,
     side: str = "two-sided",    # "upper", "lower" or "two-sided"
 ):                          # float, or (lower, upper); ValueError when a draw exceeds the cap, or on fewer than 16
-    "Bound on the mean of bounded weights (betting: Waudby-Smith and Ramdas 2024); a pilot says where the lower cuts them."
+    "Bound on the mean of bounded weights (betting: Waudby-Smith and Ramdas 2024); the lower end cuts them by a pilot."
     check_alpha(alpha)
     chosen("side", side, ["upper", "lower", "two-sided"])
     x = np.asarray(x, float)
@@ -169,8 +169,9 @@ def _proposing(head, proposal):
 def _check_ends(model, ends):
     "ValueError unless the proposal ends its answers as the enumerated model does."
     if (own := end_ids(model.lm, model.tok)) == ends: return
-    raise ValueError(f"the proposal ends its answers by the tokens {own}, the model by {ends}, and what the one calls an "
-                     "answer the other goes on from: set the proposal's generation_config.eos_token_id to the model's")
+    raise ValueError(f"the proposal ends its answers by the tokens {own}, the model by {ends}, and what the one calls "
+                     "an answer the other goes on from: set the proposal's generation_config.eos_token_id "
+                     "to the model's")
 
 def _from_model(head, proposal, n, seed):
     "Sequences (n,) drawn from a model or decoding, and a function from sequences to their log-probabilities under it."
@@ -194,7 +195,7 @@ def _walk(head, text):
     return int(node[0])
 
 def _begun_logprobs(head, begun, sequences):
-    "Log-probabilities (S,) of sequences begun with one of `begun`, each (tokens, their log-probability), chosen evenly."
+    "Log-probabilities (S,) of sequences begun with one of `begun`, (tokens, their log-probability), chosen evenly."
     plain = sequence_logprobs(head.tree.model, head.tree.prompt, sequences, head.decoding)
     given = [[-lp if s[:len(tokens)] == tokens else -np.inf for tokens, lp in begun] for s in sequences]   # (S, begun)
     with np.errstate(divide="ignore"): return plain + np.logaddexp.reduce(given, 1) - np.log(len(begun))
@@ -253,7 +254,7 @@ def _check_effective(effective, leaking, n, side):
 def rare_leak(
     head: Enumeration,          # the smaller its open mass, the lower an upper bound can be
     qa,                         # the question, `QA`
-    proposal,                   # a `Decoding` of the model, another `LocalModel`, or texts that a leaking answer begins with
+    proposal,                   # a `Decoding`, another `LocalModel`, or texts that a leaking answer begins with
     n: int = 1024,              # draws, >= 64
     *,
     score="keywords",           # a score's name, or a function (answer, qa) → [0, 1]
