@@ -9,7 +9,7 @@ from probunlearn.batches import batch_stats, check_packing, pad_batch, record_or
 from probunlearn.checkpoints import memory_needed, read_notes, saved_bytes
 from probunlearn.data import QA, encode, encode_prompt, fictional_authors
 from probunlearn.draws import Decoding
-from probunlearn.librarian import library
+from probunlearn.data import library
 from probunlearn.loop import TrainConfig, check_start, finetune
 from probunlearn.losses import answer_mean
 from probunlearn.models import LocalModel, add_lora, load_model, small_model
