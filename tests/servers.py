@@ -1,4 +1,4 @@
-"""Servers that tests start: `transformers serve` with the packaged model, and a scripted one for what that never does."""
+"""Servers that tests start: `transformers serve` with the packaged model, and a scripted one for what it never does."""
 import json
 import os
 import socket
@@ -19,7 +19,8 @@ from probunlearn.endpoint import Endpoint
 from probunlearn.models import small_model
 
 LACKING = [name for name in ("fastapi", "uvicorn", "openai") if not find_spec(name)]
-if Version(version("transformers")) < Version("5.6"): LACKING.append("transformers 5.6, from which on it is given a model")
+if Version(version("transformers")) < Version("5.6"):
+    LACKING.append("transformers 5.6, from which on it is given a model")
 real = pytest.mark.skipif(bool(LACKING), reason=f"transformers serve needs {', '.join(LACKING)}: "
                                                 "pip install 'transformers[serving]'")
 # the package's plain template as a chat template

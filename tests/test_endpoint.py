@@ -37,7 +37,7 @@ def known():
     return small_model("retain", device="cpu")
 
 
-def kept(folder, qa, n=None):
+def kept(folder, qa):
     "The draws that a run's folder holds for a question."
     return read_run(folder).draws(qa)
 
@@ -201,7 +201,7 @@ def test_more_answers_than_asked_for_are_not_kept(script):
 
 
 def test_cells_are_fixed_and_no_seed_serves_two_draws(script):
-    "Whatever part of the draws is asked for, whole cells have the same seed, and parts of cells have seeds of their own."
+    "Whatever part of the draws is asked for, whole cells keep their seed, and parts of cells have their own."
     server = script(lambda body, *_: (200, varied(body)))
     e = server.endpoint(workers=1)
     whole, part = e.draw(ONE, 16)[0].texts, e.draw(ONE, 14, start=2)[0].texts
@@ -337,7 +337,8 @@ def test_a_question_goes_on_after_a_loss_but_not_when_its_first_request_is_lost(
 BAD_REPLIES = [(200, "<html>busy</html>", "isn't of the OpenAI protocol"), (200, {"choices": []}, "without choices"),
                (200, {"error": {"message": "overloaded"}}, "an error instead of answers: overloaded"),
                (200, {"choices": None}, "isn't of the OpenAI protocol"), (200, [], "isn't of the OpenAI protocol"),
-               (200, {"choices": "abc"}, "isn't of the OpenAI protocol"), (200, "[" * 9999, "isn't of the OpenAI protocol")]
+               (200, {"choices": "abc"}, "isn't of the OpenAI protocol"),
+               (200, "[" * 9999, "isn't of the OpenAI protocol")]
 
 @pytest.mark.parametrize("status, reply, words", BAD_REPLIES, ids=lambda v: str(v)[:20])
 def test_a_reply_without_answers_leaves_draws_missing(script, status, reply, words):
@@ -364,7 +365,8 @@ def test_a_time_out_is_missing_and_not_tried_again(script):
 
 def test_no_server_at_all_is_an_error_with_advice(tmp_path):
     e = Endpoint(f"http://127.0.0.1:{free_port()}/v1", "m", tries=1)
-    for ask in (lambda: e.draw(ONE, 4), lambda: e.greedy(ONE), lambda: evaluate(e, ONE, 4, out=tmp_path, progress=False)):
+    def evaluated(): return evaluate(e, ONE, 4, out=tmp_path, progress=False)
+    for ask in (lambda: e.draw(ONE, 4), lambda: e.greedy(ONE), evaluated):
         with pytest.raises(ConnectionError, match="m at http://127.0.0.1.*Is the server running?"): ask()
 
 
@@ -373,14 +375,15 @@ def test_draws_so_far_are_kept_when_the_server_turns_us_away(script, tmp_path):
     for workers in (1, 4):
         server = script(lambda body, _, count: (200, varied(body)) if count <= 3 else (401, "expired"))
         folder = tmp_path/str(workers)
-        with pytest.raises(PermissionError): evaluate(server.endpoint(workers=workers), ONE, 40, out=folder, progress=False)
+        with pytest.raises(PermissionError):
+            evaluate(server.endpoint(workers=workers), ONE, 40, out=folder, progress=False)
         there = kept(folder, ONE[0])
         assert sum(t is not None for t in there.texts) == 12 and not there.lost
 
 
-def test_a_server_that_dies_midway_leaves_what_came(script, monkeypatch):
+def test_a_server_that_dies_midway_leaves_what_came(script):
     server = script(lambda body, _, count: (200, varied(body)) if count <= 3 else (503, "", {"Retry-After": "3600"}))
-    with pytest.warns(RuntimeWarning, match="28 of 40 draws are missing .never asked for|28 of 40 draws are missing .HTTP 503"):
+    with pytest.warns(RuntimeWarning, match="28 of 40 draws are missing .HTTP 503"):
         d = server.endpoint(workers=1).draw(ONE, 40)[0]
     assert sum(t is not None for t in d.texts) == 12 and d.unasked.tolist() == list(range(12, 40))
 
@@ -391,7 +394,8 @@ def test_what_extra_changes_is_said_and_what_the_package_sets_is_refused(script)
     for name in ("temperature", "top_p", "max_tokens", "seed", "n", "model", "prompt", "messages"):
         with pytest.raises(ValueError, match=f"extra must not set {name}, got 0: .* Set it by"):
             Endpoint("http://x/v1", "m", extra={name: 0})
-    with pytest.raises(ValueError, match="extra must not set top_k, got 5"): Endpoint("http://x/v1", "m", extra=dict(top_k=5))
+    with pytest.raises(ValueError, match="extra must not set top_k, got 5"):
+        Endpoint("http://x/v1", "m", extra=dict(top_k=5))
     logprobs = dict(tokens=["a", "</s>"], token_logprobs=[-.1, -.1])
     said = dict(choices=[dict(index=0, text="a", finish_reason="stop", logprobs=logprobs)])
     server = script(lambda *_: (200, said))
@@ -404,7 +408,7 @@ def test_what_extra_changes_is_said_and_what_the_package_sets_is_refused(script)
     other = drawn(min_p=.2, max_tokens=None)
     left = "max_tokens, top_k, repetition_penalty left to the server"
     assert str(other.decoding) == f"temperature 1, min_p 0.2, {left}, at most 64 tokens"
-    assert other.logprobs is None                                               # the server's aren't this distribution's
+    assert other.logprobs is None                           # the server's aren't this distribution's
     assert server.bodies[-1]["min_p"] == .2 and "max_tokens" not in server.bodies[-1]
 
 
@@ -471,9 +475,9 @@ def test_log_probabilities_are_kept_where_they_are_those_of_the_answer(script, t
         d = evaluate(e, ONE, 2, out=tmp_path, progress=False).forget.draws[0]
         assert d.answers == ["a b", "a"] and np.allclose(d.logprobs, [-.3, -.2]) and d.finished.all()
     assert len(server.bodies) == 2
-    assert e.draw(ONE, 2, Decoding(temperature=.5))[0].logprobs is None         # the server's are those at temperature 1
+    assert e.draw(ONE, 2, Decoding(temperature=.5))[0].logprobs is None     # the server's are those at temperature 1
     said["a"] = ("a",)
-    assert e.draw(ONE, 2)[0].logprobs is None                                   # P("a", then anything) isn't P("a")
+    assert e.draw(ONE, 2)[0].logprobs is None                               # P("a", then anything) isn't P("a")
     longer = evaluate(e, ONE, 4, out=tmp_path, progress=False).forget.draws[0]  # the folder knew both answers already
     assert np.allclose(longer.logprobs, [-.3, -.2])
 
@@ -508,7 +512,8 @@ def test_the_key_goes_to_the_server_and_nowhere_else(script, monkeypatch, tmp_pa
     refused = r"refuses the key in the environment variable MY_KEY. It says: Incorrect key Bearer \*\*\*"
     with pytest.raises(PermissionError, match=refused): echo.endpoint(key="MY_KEY").draw(ONE, 4)
     echoed = script(lambda body, headers, _: (500, f"key {headers['Authorization']}"))
-    with pytest.warns(RuntimeWarning, match="HTTP 500: key Bearer ..."): d = echoed.endpoint(key="MY_KEY").draw(ONE, 4)[0]
+    with pytest.warns(RuntimeWarning, match="HTTP 500: key Bearer ..."):
+        d = echoed.endpoint(key="MY_KEY").draw(ONE, 4)[0]
     assert set(d.lost.values()) == {"HTTP 500: key Bearer ***"}
     monkeypatch.delenv("MY_KEY")
     with pytest.raises(PermissionError, match="wants a key, and none is in the environment variable MY_KEY"):
@@ -541,8 +546,9 @@ def test_a_model_that_is_not_there_comes_with_those_that_are(script):
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 CHANGES = [(dict(seed=1), "another seed: 0 there, 1 now"), (dict(decoding=Decoding(top_p=.5)), "another decoding"),
-           (dict(template=Template(prompt="{question}")), "another template"), (dict(per_request=2), "another per_request"),
-           (dict(qas=[QA("q", "who?", "x", ("x",))]), "another question 'q'"), (dict(extra=dict(min_p=.1)), "another extra"),
+           (dict(template=Template(prompt="{question}")), "another template"),
+           (dict(per_request=2), "another per_request"), (dict(extra=dict(min_p=.1)), "another extra"),
+           (dict(qas=[QA("q", "who?", "x", ("x",))]), "another question 'q'"),
            (dict(model="n"), "another model: 'm' there, 'n' now")]
 
 @pytest.mark.parametrize("change, words", CHANGES, ids=lambda v: v if isinstance(v, str) else "")
