@@ -33,7 +33,7 @@ from .runs import known_logprobs
 # %% ../nbs/5_models/07_endpoint.ipynb #f8968131
 @dataclass(frozen=True)
 class Endpoint:
-    "A server that speaks the OpenAI protocol, as a `Model`. ValueError on a bad setting, or a secret where none belongs."
+    "A server that speaks the OpenAI protocol, as a `Model`. ValueError on bad settings, or a secret in them."
     url: str                        # base address, up to and without "/completions": "http://localhost:8000/v1"
     model: str                      # what the server calls the model
     template: Template = Template(chat=True)    # the server's own chat template; Template() sends a plain prompt
@@ -97,7 +97,7 @@ class Endpoint:
         seed: int = 0,      # of the requests' own seeds
         *,
         start: int = 0,     # leave out the draws before this one
-    ) -> list:              # `Draws`; ValueError on a refused request, PermissionError on a key, ConnectionError without a server
+    ) -> list:              # `Draws`; ValueError on a refused request, PermissionError on a key, ConnectionError
         "Answers to each question; draws of a failed request are missing, for good once the server may have made them."
         return _collected(_Call(self, decoding, seed), qas, whole("start", start, 0), whole("n", n))
 
@@ -569,8 +569,9 @@ def _sampling_doubts(call, count, n):
     alike = [same for given, _, same in call.given if given > 1]
     if n >= 8 and len(call.texts) == count and all(len(set(texts)) == 1 for texts in call.texts.values()):
         yield (f"at temperature {temperature:g} all draws of a question are the same answer. A model that knows it by "
-               "heart does that; so does a server that decodes greedily or repeats cached answers (`transformers serve` "
-               "samples only where the model's generation_config says do_sample), and then no bound on sampling follows.")
+               "heart does that; so does a server that decodes greedily or repeats cached answers "
+               "(`transformers serve` samples only where the model's generation_config says do_sample), "
+               "and then no bound on sampling follows.")
     elif len(alike) >= 8 and all(alike):
         yield ("the answers of one request are always the same, those of different requests aren't: they are no "
                "independent draws. Ask again with per_request=1.")

@@ -1,4 +1,4 @@
-"""Whoever answers keeps one protocol: a model at hand, a server, one of our own. A run of a server survives anything."""
+"""Whoever answers keeps one protocol: a model at hand, a server, one of our own. A server's run survives anything."""
 import json
 import multiprocessing
 import os
