@@ -67,11 +67,8 @@ class Endpoint:
     @property
     def identity(self): return _identity(self)
 
-    def replace(
-        self,
-        **changed,          # fields of this class
-    ):                      # an `Endpoint`
-        "The same server, asked another way."
+    def replace(self, **changed):
+        "The same server, asked another way: with other fields of this class."
         return replace(self, **changed)
 
     def check(self, qas, decoding):
@@ -86,8 +83,7 @@ class Endpoint:
     ) -> list:              # `Draws` with n = 1; errors as `draw`
         "The answers at temperature 0."
         cold = Decoding(temperature=0, max_new_tokens=decoding.max_new_tokens)
-        call = _Call(self, cold, 0, stream="greedy")
-        return _collected(call, qas, 0, 1)
+        return _collected(_Call(self, cold, 0, stream="greedy"), qas, 0, 1)
 
     def draw(
         self,
@@ -118,6 +114,8 @@ def _check_address(endpoint):
     if parts.username or parts.password: raise ValueError(f"url must not carry a name or password; {_KEY}")
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ValueError(f"url must begin with http:// or https:// and a host, got {endpoint.url!r}")
+    try: httpx.URL(endpoint.url)
+    except httpx.InvalidURL as e: raise ValueError(f"url is no address: {e}") from None
     if parts.path.rstrip("/").endswith("/completions"):
         raise ValueError(f"url must be the base address, without /completions: got {endpoint.source!r}")
     if not re.fullmatch("[A-Z_][A-Z0-9_]*", endpoint.key): raise ValueError(_KEY)
@@ -487,6 +485,7 @@ def _as_they_come(work, queue, workers, stop):
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done: yield under_way.pop(future), future
         finally: stop.set()
 
+# %% ../nbs/5_models/07_endpoint.ipynb #689cbb5f
 def _end(call, queue, error):
     "No further request starts."
     queue.error = queue.error or error
@@ -562,6 +561,7 @@ def _missing_doubts(call, queue, total):
         yield (f"{gaps:,} of {total:,} draws are missing ({why}). Bounds count them at their worst; "
                "the same call of evaluate with the same `out` asks for these only.")
 
+# %% ../nbs/5_models/07_endpoint.ipynb #79a14b11
 def _sampling_doubts(call, count, n):
     "Whether the answers look like independent draws."
     temperature = call.decoding.temperature

@@ -1,4 +1,4 @@
-"""Judges: labels stay on their answers whatever a judge does, failures are counted and never safe; models judge, too."""
+"""Judges: labels stay on their answers whatever a judge does, failures are counted, never safe; models judge, too."""
 import json
 import math
 import random
@@ -37,7 +37,7 @@ def labelled_by(judge, pairs, **how): return judge_answers(pairs, judge, progres
 # --- order, failures, cost ------------------------------------------------------------------------------------------
 
 class Unreliable:
-    "Raises on a tenth of the answers, comes back out of order, talks rubbish: by the answers' text, or anew at each call."
+    "Raises on a tenth of the answers, comes back out of order, talks rubbish: by the answer's text, or anew each time."
     batch_size, workers, name = 7, 6, "unreliable"
 
     def __init__(self, always, keyed):
@@ -152,7 +152,7 @@ def made(rates, n, rng, fails=0.):
 
 
 class Shaky:
-    "Raises on a tenth of the distinct answers, talks rubbish about a twentieth; labels in any order, from many threads."
+    "Raises on a tenth of the distinct answers, talks rubbish about a twentieth; labels in any order, from threads."
     batch_size, workers, name = 16, 4, "shaky"
 
     def __init__(self, draws, rng):
@@ -235,7 +235,7 @@ def test_labels_are_kept_and_belong_to_one_judge(tmp_path):
     assert judged_by(a, draws, out=file).asked == 0
     other = judged_by(b, draws, out=file)
     assert other.asked == first.asked and other.x.sum() == 0
-    file.write_text(file.read_text()[:-3])                      # a run of an earlier version that was killed as it wrote
+    file.write_text(file.read_text()[:-3])                      # an earlier version, killed as it wrote
     assert [judged_by(b, draws, out=file).asked for _ in range(2)] == [1, 0]
     assert judged_by(a, draws, out=file).asked == 0 and [f.name for f in file.parent.iterdir()] == ["labels.jsonl"]
 
@@ -260,9 +260,9 @@ def test_two_processes_share_a_file(tmp_path):
 
 
 LINE = '{"key": "ab12", "label": 1.0}\n'
-STRANGE = ["hello", "hello\n", "{}\n", "[]\n", LINE + '{"id": "q", "question": "Where?"}\n', '{"key": "a", "label": 7}\n',
-           '{"key": "a", "label": true}\n', '{"key": "a", "label": 1, "more": 2}\n', LINE + "hello", '{"k', "\n{\n" + LINE,
-           LINE + '{"key": "ab", "lab', LINE.strip() + LINE, '{"key": 3, "label": 1.0}\n', b"\xff\xfe", b"PAR1\x00" * 9]
+STRANGE = ["hello", "hello\n", "{}\n", "[]\n", LINE + '{"id": "q", "question": "Where?"}\n', LINE + "hello", '{"k',
+           '{"key": "a", "label": 7}\n', '{"key": "a", "label": true}\n', '{"key": "a", "label": 1, "more": 2}\n',
+           "\n{\n" + LINE, LINE + '{"key": "ab", "lab', LINE.strip() + LINE, '{"key": 3, "label": 1.0}\n', b"\xff\xfe", b"PAR1\x00" * 9]
 FINE = {LINE + '{"key": "ab", "lab'}
 
 @pytest.mark.parametrize("text", STRANGE, ids=ascii)
@@ -286,7 +286,7 @@ def test_a_cut_off_line_of_kept_labels_is_dropped_when_others_are_written(tmp_pa
         assert _kept(file) == {"a\u2028b": 1.0, "c": 0.0} | more and file.read_bytes() == whole + cut
     labelled_by(FunctionJudge(truth, "a"), PAIRS[:1], out=file)
     rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-    assert len(rows) == 4 and rows[:3] == [dict(key="a\u2028b", label=1.), dict(key="c", label=0.), dict(key="d", label=.25)]
+    assert [(row["key"], row["label"]) for row in rows[:3]] == [("a\u2028b", 1), ("c", 0), ("d", .25)] and len(rows) == 4
 
 
 class Scale:
@@ -465,7 +465,8 @@ def test_a_judge_replies_as_transformers_generates():
     texts = [judge.text(qa, answer) for qa, answer in PAIRS[:3]]
     plain = judge.replies(texts)
     for text, reply in zip(texts, plain):
-        prompt = model.tok.apply_chat_template([dict(role="user", content=text)], tokenize=False, add_generation_prompt=True)
+        said = [dict(role="user", content=text)]
+        prompt = model.tok.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         ids = model.tok(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         out = model.lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
         assert model.tok.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip() == reply
@@ -535,8 +536,9 @@ def verdict(body, *_):
     asked = body["messages"][-1]["content"]
     time.sleep(random.Random(asked).random() / 20)
     said = "yes" if "answer 3 " in asked else "perhaps" if "answer 5 " in asked else "no"
-    if "answer 4 " in asked: return 200, dict(choices=[dict(message=dict(content=None), finish_reason="content_filter")])
-    return 200, dict(choices=[dict(message=dict(content=said), finish_reason="stop")])
+    answer = dict(message=dict(content=said), finish_reason="stop")
+    if "answer 4 " in asked: answer = dict(message=dict(content=None), finish_reason="content_filter")
+    return 200, dict(choices=[answer])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -547,7 +549,7 @@ def test_a_server_as_a_judge(script):
     labels, reasons, _ = labelled_by(judge, [(QAS[0], f"answer {i} here") for i in range(12)])
     assert reasons == {4: "no verdict", 5: "no verdict"}
     assert [labels[i] for i in range(12) if i not in reasons] == [0, 0, 0, 1] + [0] * 6
-    assert all(body["temperature"] == 0 and body["max_tokens"] == 16 for body in server.bodies) and len(server.bodies) == 12
+    assert [(body["temperature"], body["max_tokens"]) for body in server.bodies] == [(0, 16)] * 12
     assert all(body["messages"][0] == dict(role="system", content="Be strict.") for body in server.bodies)
     assert judge.name.startswith(f"m at {server.url} (") and "m at" not in json.dumps(judge.identity)
     with pytest.raises(ValueError, match="give the rubric a prompt"): GenerativeJudge(endpoint, GUARD)
