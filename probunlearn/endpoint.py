@@ -506,8 +506,8 @@ def _outcome(call, queue, piece, future):
         if not call.texts.get(piece.qa.id): _after_loss(call, queue, piece, e)
         return [str(e)] * piece.count
     except _NotTaken as e:
-        queue.left.setdefault(piece.qa.id, str(e))
         if e.down: _end(call, queue, ConnectionError(f"{call.endpoint.source}: {e}. Is the server running?"))
+        if not queue.error: queue.left.setdefault(piece.qa.id, str(e))
         return []
     except Exception as e:          # a refusal that won't go away
         _end(call, queue, e)
@@ -557,7 +557,8 @@ def _missing_doubts(call, queue, total):
                "answered, and asking again would keep only what passes. Bounds count them at their worst. "
                "If the server was out of order, begin again with another seed and another `out`.")
     if gaps:
-        why = _few(queue.left.values()) or "never asked for"
+        end = [str(queue.error)] if queue.error else []
+        why = _few([*queue.left.values(), *end]) or "never asked for"
         yield (f"{gaps:,} of {total:,} draws are missing ({why}). Bounds count them at their worst; "
                "the same call of evaluate with the same `out` asks for these only.")
 

@@ -117,7 +117,7 @@ def test_an_evaluation_asks_once(model, tmp_path):
 
 # --- a run of a server survives anything ----------------------------------------------------------------------------
 
-ASKED, N, WIDTH, WORKERS = [QA(f"q{i}", f"Question {i}?", "Zorp.", ("Zorp",)) for i in range(3)], 100, 4, 3
+ASKED, N, WIDTH, WORKERS = [QA(f"q{i}", f"Question {i}?", "Zorp.", ("Zorp",)) for i in range(3)], 320, 4, 3
 
 
 def ask(url, out):
