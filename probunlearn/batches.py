@@ -75,7 +75,7 @@ def _joined(stats, records):
 
 # %% ../nbs/8_unlearning/03_batches.ipynb #1b896ee5
 def batch_stats(
-    model,              # causal LM, bare or prepared
+    lm,                 # causal LM, bare or prepared
     rows: list,         # encoded records of the whole batch, the same on every process
     pad_id: int,
     width: int = 0,     # as in `pad_batch`
@@ -83,12 +83,12 @@ def batch_stats(
     **options,          # as in `answer_stats`
 ):                      # `TokenStats` of the whole batch
     "One forward pass over a batch, shared by all processes."
-    (rank, count), device = processes(), next(model.parameters()).device
+    (rank, count), device = processes(), next(lm.parameters()).device
     size = math.ceil(len(rows) / count)
     mine = [rows[min(i, len(rows) - 1)] for i in range(rank * size, (rank + 1) * size)]
     width = max(width, max(len(r["input_ids"]) for r in rows))              # the same on every process
     batch = to_device(pack_batch(mine) if pack else pad_batch(mine, pad_id, width), device)
-    stats = answer_stats(model, batch, **options)
+    stats = answer_stats(lm, batch, **options)
     if pack: stats = _unpacked(stats, [len(r["input_ids"]) for r in mine], width)
     return stats if count == 1 else _joined(stats, len(rows))
 
@@ -114,15 +114,14 @@ def record_order(
     return np.concatenate([rng.permutation(records) for _ in range(math.ceil(count / records))])[:count]
 
 def encode_all(
-    lm, tok,
+    model,                  # `LocalModel`
     qas: list,
-    template,
     answers: list = None,   # other answers to the same questions
 ):                          # list of encoded records; ValueError on no records, duplicate ids or a record longer than the model's context
     "All records as token lists."
-    room = getattr(lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if tok.pad_token_id is None: raise ValueError("the tokenizer has no padding token: set tok.pad_token, for instance to tok.eos_token")
-    rows = [encode(tok, qa, template, answer) for qa, answer in zip(check_unique(qas), answers or [None] * len(qas))]
+    room = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if model.tok.pad_token_id is None: raise ValueError("the tokenizer has no padding token: set tok.pad_token, for instance to tok.eos_token")
+    rows = [encode(model.tok, qa, model.template, answer) for qa, answer in zip(check_unique(qas), answers or [None] * len(qas))]
     for qa, row in zip(qas, rows):
         if len(row["input_ids"]) > room: raise ValueError(f"record {qa.id!r} has {len(row['input_ids'])} tokens, more than the model's {room} positions")
     return rows

@@ -23,9 +23,9 @@ from transformers import get_scheduler
 from .batches import batch_stats, check_packing, encode_all, processes, record_order
 from .checks import chosen, is_whole, need
 from .checkpoints import load_checkpoint, memory_needed, read_notes, save_checkpoint, set_weights, trainable_weights
-from .data import Template
 from .draws import fingerprint
 from .losses import answer_mean
+from .sampling import takes_model
 from .weights import is_sharded, lm_fingerprint
 from .plots import COLOURS
 
@@ -158,13 +158,14 @@ def _prepare(lm, config, updates):
 
 # %% ../nbs/8_unlearning/05_loop.ipynb #ec0181a2
 def check_start(
-    lm, tok,
+    model,                  # `LocalModel`, as it will be trained
     rows: list,             # all encoded records
     config: TrainConfig,
     passes: int = 1,        # batches per forward pass: a forget and a retain batch make two
 ):                          # `Memory`; ValueError when packing doesn't work
     "What can be known before the first update: memory, number format, packing."
-    if config.pack: check_packing(lm, rows, tok.pad_token_id)
+    lm = model.lm
+    if config.pack: check_packing(lm, rows, model.tok.pad_token_id)
     memory = memory_needed(lm, rows, math.ceil(config.batch_size / processes()[1]) * passes, config.precision())
     if memory.needed > memory.free and not config.recompute: warnings.warn(f"this may not fit: {memory}. Lower batch_size and raise accumulate, set recompute=True, or train adapters (add_lora).")
     if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in lm.parameters()):
@@ -192,30 +193,30 @@ def _resume(file, run, model, optimizer, schedule):
 
 # %% ../nbs/8_unlearning/05_loop.ipynb #627b30a3
 def train_loop(
-    lm, tok,
+    model,                  # `LocalModel`, trained in place
     items: list,            # what `loss_of` takes, a batch after the other, in order
     config: TrainConfig,
-    loss_of,                # (model, batch of items, share of the updates done) → (loss of the whole batch, dict of numbers)
-    probe=None,             # lm → dict of numbers
+    loss_of,                # (lm as it is wrapped for training, batch of items, share of the updates done) → (loss of the whole batch, dict of numbers)
+    probe=None,             # model → dict of numbers
     rows: list = (),        # all encoded records: they tell a checkpoint's run from another
 ):                          # `History`; FloatingPointError when the loss is no number any more
     "Train on `items`. The learning rate, checkpoints, looks and the end are the config's."
     updates, per_update = len(items) // (config.batch_size * config.accumulate), config.batch_size * config.accumulate
     file = Path(config.checkpoint)/"run.safetensors" if config.checkpoint else None
-    run = run_identity(lm, config, rows) if file else {}
-    accelerator, model, optimizer, schedule = _prepare(lm, config, updates)
-    done, best, chosen = _resume(file, run, model, optimizer.optimizer, schedule)
+    run = run_identity(model.lm, config, rows) if file else {}
+    accelerator, wrapped, optimizer, schedule = _prepare(model.lm, config, updates)
+    done, best, chosen = _resume(file, run, wrapped, optimizer.optimizer, schedule)
     history, step, seen, stop = History(done), len(done), [], None
     loader = DataLoader(items[step * per_update:] if not config.stop_reason(done) else [], config.batch_size, collate_fn=list)
     def saved(): return f"; the last good checkpoint is {file}" if file and file.exists() else ""
-    model.train()
+    wrapped.train()
     for batch in tqdm(loader, "training", delay=3, mininterval=1, unit="batch", **{} if accelerator.is_main_process else dict(disable=True)):
-        with accelerator.accumulate(model):
-            loss, values = loss_of(model, batch, step / updates)
+        with accelerator.accumulate(wrapped):
+            loss, values = loss_of(wrapped, batch, step / updates)
             if not torch.isfinite(loss): raise FloatingPointError(f"the loss is {float(loss.detach())} at update {step + 1}: lower lr ({config.lr}) or use mixed_precision='no'{saved()}")
             accelerator.backward(loss * accelerator.num_processes)      # gradients are averaged over processes, and each has only its own share's
             if accelerator.sync_gradients:
-                norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+                norm = float(accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm))
                 if not math.isfinite(norm) and config.precision() != "fp16": raise FloatingPointError(f"the gradient is {norm} at update {step + 1}: lower lr ({config.lr}){saved()}")
             optimizer.step()
             if accelerator.sync_gradients: schedule.step()
@@ -223,27 +224,27 @@ def train_loop(
         seen.append(dict(loss=loss, **values))
         if not accelerator.sync_gradients: continue
         step, values, seen = step + 1, {k: sum(float(v[k].detach()) for v in seen) / len(seen) for k in seen[0]} | dict(grad_norm=norm), []
-        if probe and config.probe_every and (step % config.probe_every == 0 or step == updates): values |= _look(lm, probe)
+        if probe and config.probe_every and (step % config.probe_every == 0 or step == updates): values |= _look(model, probe)
         history.add(step=step, **values)
         accelerator.log(history.rows[-1], step=step)
         rank, stop = config.rank(values), config.stop_reason(history.rows)
-        if rank is not None and (chosen is None or rank < chosen[1]): best, chosen = trainable_weights(model), [step, rank]
-        if file and (step % config.checkpoint_every == 0 or step == updates or stop): save_checkpoint(file, model, optimizer.optimizer, dict(run=run, rows=history.rows, best=chosen), best)
+        if rank is not None and (chosen is None or rank < chosen[1]): best, chosen = trainable_weights(wrapped), [step, rank]
+        if file and (step % config.checkpoint_every == 0 or step == updates or stop): save_checkpoint(file, wrapped, optimizer.optimizer, dict(run=run, rows=history.rows, best=chosen), best)
         if stop: break
     for tracker in accelerator.trackers: tracker.finish()               # accelerate's end_training would end the processes' group, too
-    return _finish(accelerator, lm, model, history, config, best, chosen)
+    return _finish(accelerator, model.lm, wrapped, history, config, best, chosen)
 
-def _look(lm, probe):
+def _look(model, probe):
     "What the probe sees, with the model in evaluation mode for the moment."
-    lm.eval()
-    seen = probe(lm)
-    lm.train()
+    model.lm.eval()
+    seen = probe(model)
+    model.lm.train()
     return seen
 
-def _finish(accelerator, lm, model, history, config, best, chosen):
+def _finish(accelerator, lm, wrapped, history, config, best, chosen):
     "The model as it was given, with the weights that are to be kept, and notes on the run."
-    if best is not None: set_weights(model, best)
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False)            # else the number format of training would stay on
+    if best is not None: set_weights(wrapped, best)
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)            # else the number format of training would stay on
     if config.recompute: _recompute(lm, "disable")
     lm.eval()
     history.best = chosen and chosen[0]
@@ -252,20 +253,20 @@ def _finish(accelerator, lm, model, history, config, best, chosen):
     return history
 
 # %% ../nbs/8_unlearning/05_loop.ipynb #c764be3a
+@takes_model
 def finetune(
-    lm, tok,                                # trained in place
+    model,                                  # `LocalModel`, trained in place; its rule shapes draws only, so it plays no part here
     qas: list,                              # what the model should know
     config: TrainConfig = TrainConfig(),
-    template: Template = Template(),
-    probe=None,                             # lm → dict of numbers, every `config.probe_every` updates
+    probe=None,                             # model → dict of numbers, every `config.probe_every` updates
 ):                                          # `History`; ValueError on empty data, duplicate ids or a record that is too long
     "Teach a model the answers to questions: cross-entropy on the answer tokens."
     set_seed(config.seed)
-    rows = encode_all(lm, tok, qas, template)
-    check_start(lm, tok, rows, config)
+    rows = encode_all(model, qas)
+    check_start(model, rows, config)
     order = record_order(len(rows), config.updates(len(rows)) * config.batch_size * config.accumulate, np.random.default_rng(config.seed))
-    def loss_of(model, items, progress):
-        stats = batch_stats(model, items, tok.pad_token_id, config.pad_to, config.pack)
+    def loss_of(wrapped, items, progress):
+        stats = batch_stats(wrapped, items, model.tok.pad_token_id, config.pad_to, config.pack)
         nll = answer_mean(stats.nll, stats.answer)
         return nll, dict(nll=nll)
-    return train_loop(lm, tok, [rows[i] for i in order], config, loss_of, probe, rows)
+    return train_loop(model, [rows[i] for i in order], config, loss_of, probe, rows)

@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Callable
-import copy
 import math
 import warnings
 import numpy as np
@@ -21,7 +20,7 @@ from accelerate.utils import set_seed
 # %% ../nbs/8_unlearning/06_training.ipynb #24d8d8d3
 from .batches import batch_stats, encode_all, processes, record_order
 from .bounds import leaked
-from .data import Template, encode_prompt
+from .data import encode_prompt
 from .draws import Decoding
 from .loop import History, TrainConfig, check_start, finetune, train_loop
 from .checks import chosen, need
@@ -29,7 +28,7 @@ from .losses import (answer_mean, answer_sum, ce_u, control_vector, dpo, grad_as
                                 undial, wga)
 from .weights import answering, is_sharded
 from .questions import pooled_rate
-from .sampling import greedy, sample
+from .sampling import takes_model
 from .scores import score_draws
 
 # %% ../nbs/8_unlearning/06_training.ipynb #a4f75405
@@ -143,75 +142,76 @@ class UnlearnConfig(TrainConfig):
 
 # %% ../nbs/8_unlearning/06_training.ipynb #5061c9b6
 @contextmanager
-def _adapters_off(lm):
+def _adapters_off(model):
     "An adapted model as it was before its adapters."
-    training = lm.training
-    with lm.eval().disable_adapter(): yield lm
-    lm.train(training)
+    training = model.lm.training
+    with model.lm.eval().disable_adapter(): yield model
+    model.lm.train(training)
 
 def model_as_it_was(
-    lm,             # causal LM, before training
+    model,          # `LocalModel`, before training
     copied=False,   # keep a frozen copy where there are no adapters to switch off
-):                  # a function; `with it() as teacher:` gives the model; ValueError on copying a sharded model
+):                  # a function; `with it() as teacher:` gives the `LocalModel`; ValueError on copying a sharded model
     "The model before unlearning, for as long as it is needed."
-    if hasattr(lm, "disable_adapter"): return lambda: _adapters_off(lm)
-    if not copied: return lambda: nullcontext(lm)
-    if is_sharded(lm): raise ValueError("this method keeps a copy of the model, which a sharded model has no room for: train adapters (add_lora)")
-    frozen = copy.deepcopy(lm).eval().requires_grad_(False)
+    if hasattr(model.lm, "disable_adapter"): return lambda: _adapters_off(model)
+    if not copied: return lambda: nullcontext(model)
+    if is_sharded(model.lm): raise ValueError("this method keeps a copy of the model, which a sharded model has no room for: train adapters (add_lora)")
+    frozen = model.copy()
+    frozen.lm.eval().requires_grad_(False)
     return lambda: nullcontext(frozen)
 
 # %% ../nbs/8_unlearning/06_training.ipynb #b84dd9d2
 @torch.no_grad()
 def reference_nll(
-    lm, tok,
+    model,                  # `LocalModel`
     rows: list,             # encoded records
     batch_size: int = 32,
 ):                          # (records,) summed NLL of each answer, nats
     "How likely each answer is before training."
-    with answering(lm):
-        return torch.cat([answer_sum(s.nll, s.answer) for s in (batch_stats(lm, rows[i:i + batch_size], tok.pad_token_id) for i in range(0, len(rows), batch_size))])
+    with answering(model.lm):
+        return torch.cat([answer_sum(s.nll, s.answer) for s in (batch_stats(model.lm, rows[i:i + batch_size], model.tok.pad_token_id) for i in range(0, len(rows), batch_size))])
 
 # %% ../nbs/8_unlearning/06_training.ipynb #24942e62
 class Material:
     "Records, reference likelihoods and teacher of a run."
-    def __init__(self, lm, tok, forget, retain, config, template):
+    def __init__(self, model, forget, retain, config):
         needs = METHODS[config.method].needs
-        self.lm, self.tok, self.config, self.qas, self.template = lm, tok, config, forget, template
-        self.forget, self.retain = encode_all(lm, tok, forget, template), encode_all(lm, tok, retain, template)
+        self.model, self.config, self.qas = model, config, forget
+        self.forget, self.retain = encode_all(model, forget), encode_all(model, retain)
         ways = i_dont_know()
         choice = np.random.default_rng([config.seed, 1]).integers(len(ways), size=len(forget))
-        self.refusal = encode_all(lm, tok, forget, template, [ways[i] for i in choice]) if "refusal" in needs else []
-        self.teacher = model_as_it_was(lm, copied="teacher" in needs or config.retain_loss == "kl")
+        self.refusal = encode_all(model, forget, [ways[i] for i in choice]) if "refusal" in needs else []
+        self.teacher = model_as_it_was(model, copied="teacher" in needs or config.retain_loss == "kl")
         with self.teacher() as teacher:
-            def likelihoods(rows): return reference_nll(teacher, tok, rows) if rows and "reference" in needs else None
+            def likelihoods(rows): return reference_nll(teacher, rows) if rows and "reference" in needs else None
             self.references = dict(forget=likelihoods(self.forget), refusal=likelihoods(self.refusal))
-        layers = lm.config.get_text_config().num_hidden_layers
+        layers = model.lm.config.get_text_config().num_hidden_layers
         if config.layer and config.layer > layers: raise ValueError(f"layer must be at most {layers}, the number of the model's layers, got {config.layer}")
         more = dict(positions="all" if config.entropy_on == "all" else "answer") | (dict(layer=config.layer or max(1, layers // 4)) if "hidden" in needs else {})
         self.options = dict(forget=more | dict(logits="logits" in needs), retain=more | dict(logits=config.retain_loss == "kl"), refusal={})
 
 class Batch:
     "A forget and a retain batch as a method sees them."
-    def __init__(self, material, model, pairs): # pairs of a forget and a retain record's number
-        self.material, self.model = material, model
+    def __init__(self, material, wrapped, pairs): # pairs of a forget and a retain record's number
+        self.material, self.wrapped = material, wrapped
         at, kept = (list(numbers) for numbers in zip(*pairs))
         self.at = dict(forget=at, retain=kept, refusal=at)
 
-    def _stats(self, part, model):
+    def _stats(self, part, lm):
         "What a model thinks of a part: forget, retain or refusal."
         m = self.material
-        return batch_stats(model, [getattr(m, part)[i] for i in self.at[part]], m.tok.pad_token_id, m.config.pad_to, m.config.pack, **m.options[part])
+        return batch_stats(lm, [getattr(m, part)[i] for i in self.at[part]], m.model.tok.pad_token_id, m.config.pad_to, m.config.pack, **m.options[part])
 
     def _taught(self, part):
         "What the model as it was thinks of a part."
-        with torch.no_grad(), self.material.teacher() as teacher: return self._stats(part, teacher)
+        with torch.no_grad(), self.material.teacher() as teacher: return self._stats(part, teacher.lm)
 
     @cached_property
-    def forget(self): return self._stats("forget", self.model)
+    def forget(self): return self._stats("forget", self.wrapped)
     @cached_property
-    def retain(self): return self._stats("retain", self.model)
+    def retain(self): return self._stats("retain", self.wrapped)
     @cached_property
-    def refusal(self): return self._stats("refusal", self.model)
+    def refusal(self): return self._stats("refusal", self.wrapped)
     @cached_property
     def forget_teacher(self): return self._taught("forget")
     @cached_property
@@ -230,9 +230,9 @@ class Batch:
 # %% ../nbs/8_unlearning/06_training.ipynb #5b8c02a0
 @torch.no_grad()
 def own_answers(
-    lm, tok,
+    model,                          # `LocalModel`; its rule doesn't matter
     qas: list,                      # forget records
-    template: Template = Template(),
+    *,
     leak_at: float = 0.5,           # for records without key words: an answer leaks from this ROUGE-L recall on
     max_new_tokens: int = 48,
     drawn: int = None,              # seed of a draw; default: the greedy answer
@@ -240,42 +240,41 @@ def own_answers(
     "The model's answers as they are now, ready to be trained on."
     qas = list(dict.fromkeys(qas))                                  # a batch may hold the end of one pass and the start of the next
     decoding = Decoding(max_new_tokens=max_new_tokens)
-    draws = greedy(lm, tok, qas, decoding, template) if drawn is None else sample(lm, tok, qas, 1, decoding, drawn, template, merge=32, progress=False)
+    draws = model.greedy(qas, decoding) if drawn is None else model.replace(rule=None).draw(qas, 1, decoding, drawn, merge=32, progress=False)
     leaks = [score_draws([d], [qa], "keywords_any" if qa.keywords else "rouge_l_recall")[0, 0] >= leak_at for d, qa in zip(draws, qas)]
     def row(prompt, answer): return dict(input_ids=prompt + answer, labels=[-100] * len(prompt) + answer)
-    return [row(encode_prompt(tok, qa.question, template), list(d.tokens[0])) for qa, d in zip(qas, draws)], leaks
+    return [row(encode_prompt(model.tok, qa.question, model.template), list(d.tokens[0])) for qa, d in zip(qas, draws)], leaks
 
 def own_entropy(
-    model,          # the (prepared) model that is trained
-    lm, tok,
+    model,          # `LocalModel`; its rule doesn't matter
     qas: list,      # forget records
-    template: Template = Template(),
+    *,
     leak_at: float = 0.5,   # as in `own_answers`
     drawn: int = None,      # as in `own_answers`
+    wrapped=None,   # its causal LM as it is wrapped for training; default: the bare one
 ):                  # scalar: to be minimised
     "Entropy along the model's own answers: counted as it is where they don't leak, with a minus where they do."
-    rows, leaks = own_answers(lm, tok, qas, template, leak_at, drawn=drawn)
-    stats = batch_stats(model, rows, tok.pad_token_id)
+    rows, leaks = own_answers(model, qas, leak_at=leak_at, drawn=drawn)
+    stats = batch_stats(wrapped or model.lm, rows, model.tok.pad_token_id)
     sign = 1 - 2 * torch.tensor(leaks, device=stats.entropy.device, dtype=stats.entropy.dtype)          # (B,)
     return answer_mean(stats.entropy * sign[:, None], stats.answer)
 
 # %% ../nbs/8_unlearning/06_training.ipynb #a95da24a
 def leak_probe(
-    tok,
     forget: list,               # forget questions to look at
     retain: list,               # retain questions to look at
+    *,
     n: int = 32,                # draws per forget question
     score: str = "keywords",
     decoding: Decoding = Decoding(max_new_tokens=48),
-    template: Template = Template(),
     seed: int = 2**31,          # draws of its own, apart from those of an evaluation
     leak_at: float = 1.0,       # a draw leaks when its score is at least this
     alpha: float = 0.01,        # of the bound
-):                              # lm → dict of mean scores and a bound
+):                              # model → dict of mean scores and a bound
     "A probe for `unlearn`: mean score of greedy answers and of draws, an upper bound on the average leak, and the greedy score on retain questions."
-    def probe(lm):
-        def of_greedy(qas): return score_draws(greedy(lm, tok, qas, decoding, template), qas, score).mean()
-        x = score_draws(sample(lm, tok, forget, n, decoding, seed, template, progress=False), forget, score)       # (question, draw)
+    def probe(model):
+        def of_greedy(qas): return score_draws(model.greedy(qas, decoding), qas, score).mean()
+        x = score_draws(model.draw(forget, n, decoding, seed, progress=False), forget, score)       # (question, draw)
         return dict(greedy_forget=of_greedy(forget), drawn_forget=x.mean(), leak_bound=float(pooled_rate(leaked(x, leak_at).sum(1), n, alpha)), greedy_retain=of_greedy(retain))
     return probe
 
@@ -287,7 +286,7 @@ def _entropies(b, progress, seed):
     h_r = mean_entropy(b.retain, "all" if c.entropy_on == "all" else "answer")
     if c.entropy_on in ("answer", "all"): h_f = mean_entropy(b.forget, c.entropy_on)
     elif not lambda_f: return 0, lambda_r * h_r, dict(retain_entropy=h_r)
-    else: h_f = own_entropy(b.model, m.lm, m.tok, [m.qas[i] for i in b.at["forget"]], m.template, c.leak_at, drawn=seed if c.entropy_on == "draws" else None)
+    else: h_f = own_entropy(m.model, [m.qas[i] for i in b.at["forget"]], leak_at=c.leak_at, drawn=seed if c.entropy_on == "draws" else None, wrapped=b.wrapped)
     return lambda_f * h_f, lambda_r * h_r, dict(forget_entropy=h_f, retain_entropy=h_r)
 
 def _check_records(forget, retain):
@@ -298,44 +297,46 @@ def _check_records(forget, retain):
     if both: warnings.warn(f"{len(both)} questions stand in both the forget and the retain set, {sorted(both)[0]!r} for one: they are pushed both ways", stacklevel=3)
 
 # %% ../nbs/8_unlearning/06_training.ipynb #e723aae8
+@takes_model
 def unlearn(
-    lm, tok,                                    # unlearned in place
+    model,                                      # `LocalModel`, unlearned in place; its rule shapes draws only, so it plays no part here
     forget: list,                               # `QA` that the model must forget
     retain: list,                               # `QA` that it must keep
     config: UnlearnConfig = UnlearnConfig(),
-    template: Template = Template(),
-    probe=None,                                 # lm → dict of numbers, every `config.probe_every` updates: `leak_probe(…)`
+    probe=None,                                 # model → dict of numbers, every `config.probe_every` updates: `leak_probe(…)`
 ):                                              # `History`; ValueError on empty data, duplicate ids or a record that is too long
     "Make a model forget some answers and keep others."
     set_seed(config.seed)
     _check_records(forget, retain)
-    m = Material(lm, tok, forget, retain, config, template)
-    check_start(lm, tok, m.forget + m.retain, config, passes=2 + bool(m.refusal))
+    m = Material(model, forget, retain, config)
+    check_start(model, m.forget + m.retain, config, passes=2 + bool(m.refusal))
     rng, count = np.random.default_rng(config.seed), config.updates(len(forget)) * config.batch_size * config.accumulate
     pairs = list(zip(record_order(len(forget), count, rng), rng.integers(len(retain), size=count)))
-    def loss_of(model, items, progress):
-        b, seed = Batch(m, model, items), 2**32 * (1 + config.seed) + round(progress * count)      # draws apart from those of any evaluation
+    def loss_of(wrapped, items, progress):
+        b, seed = Batch(m, wrapped, items), 2**32 * (1 + config.seed) + round(progress * count)      # draws apart from those of any evaluation
         loss = METHODS[config.method].loss(b, config)
         h_f, h_r, numbers = _entropies(b, progress, seed) if config.lambda_f or config.lambda_r else (0, 0, {})
         loss = loss + h_f + h_r
         if processes()[1] > 1: loss = loss + 0 * b.forget.nll.sum()         # every weight takes part, or the processes wait for each other (RMU)
         return loss, b.look() | numbers
-    history = train_loop(lm, tok, pairs, config, loss_of, probe, m.forget + m.retain)
+    history = train_loop(model, pairs, config, loss_of, probe, m.forget + m.retain)
     if history.best: history.notes.append(f"The weights are those of update {history.best}, chosen by their leak bound among {sum('leak_bound' in r for r in history.rows)} looks: draw again with a fresh seed before claiming anything.")
     elif config.keep == "best": history.note(f"no look had a greedy retain score of {config.utility_floor} or more: the last weights were kept")
     return history
 
 # %% ../nbs/8_unlearning/06_training.ipynb #98c1010e
+@takes_model
 def task_vector(
-    lm, tok,                            # unlearned in place
+    model,                              # `LocalModel`, unlearned in place; its rule plays no part
     forget: list,
     config: TrainConfig = TrainConfig(),# of the fine-tuning
+    *,
     scale: float = 1.0,                 # how far to go the other way, in lengths of the way the fine-tuning went
-    template: Template = Template(),
 ):                                      # `History` of the fine-tuning; ValueError as `finetune`
     "Unlearn by negating what fine-tuning on the forget records would do: θ - scale · (θ_tuned - θ) (Ilharco et al. 2023)."
+    lm = model.lm
     before = {name: p.detach().clone() for name, p in lm.named_parameters() if p.requires_grad}
-    history = finetune(lm, tok, forget, config, template)
+    history = finetune(model, forget, config)
     adapted = hasattr(lm, "disable_adapter")            # adapters: the product B A is negated, so B alone turns round
     with torch.no_grad():
         for name, p in lm.named_parameters():
