@@ -25,7 +25,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def no_model(monkeypatch):
-    for name in ("load_lm", "small_lm"): monkeypatch.setattr(probunlearn.cli, name, lambda *a, **k: pytest.fail("a model was loaded"))
+    for name in ("load_model", "small_model"): monkeypatch.setattr(probunlearn.cli, name, lambda *a, **k: pytest.fail("a model was loaded"))
 
 
 def command(name):
