@@ -31,7 +31,7 @@ class _Looks:
         if self.look(dict(step=step, **seen)): self.asked.append(True)
         return seen
 
-# %% ../nbs/9_together/05_live.ipynb #afd3839a
+# %% ../nbs/9_together/05_live.ipynb #bd06a243
 @takes_model
 def watch(
     model: LocalModel,              # unlearned in place, in the background
@@ -58,4 +58,4 @@ def watch(
         settings.asked = looks.asked
         looks(model)
         if not looks.asked: unlearn(model, forget, retain, settings, probe=looks)
-    return training_board(train, alpha, looks=count)
+    return training_board(train, alpha=alpha, looks=count)

@@ -27,7 +27,7 @@ def _read(folder, command, name=None):
     how = dict(n=command.n, score=_score(command.score), leak_at=command.leak_at, alpha=command.alpha)
     return report_run(folder, name=name or Path(folder).resolve().name, **how)
 
-# %% ../nbs/9_together/07_shell.ipynb #ec213a27
+# %% ../nbs/9_together/07_shell.ipynb #57b35ef3
 @dataclass(kw_only=True)
 class ReadRun:
     "Report on draws that are there, by another score, threshold or level; the model isn't needed."
@@ -53,7 +53,7 @@ class ReadRun:
         print("\n".join(f"• {claim}" for claim in report.claims))
         print(f"report: {report.save(self.out or Path(self.folder)/'report.html')}")
 
-# %% ../nbs/9_together/07_shell.ipynb #e398d0bc
+# %% ../nbs/9_together/07_shell.ipynb #834ca43b
 def _print_versus(board):
     "A board's table and what is compared."
     from probunlearn.bounds import rounded
@@ -84,11 +84,12 @@ class Versus:
         folders = [f for f in self.runs.split(",") if f]
         if len(folders) < 2: raise ValueError(f"versus compares at least two runs, got {self.runs!r}")
         reports = [_read(folder, self) for folder in folders]
-        board = versus(reports, self.alpha, tuple(filter(None, self.reference.split(","))))
+        apart = tuple(filter(None, self.reference.split(",")))
+        board = versus(reports, alpha=self.alpha, reference=apart)
         _print_versus(board)
         print(f"report: {board.save(self.out)}")
 
-# %% ../nbs/9_together/07_shell.ipynb #5c6c2509
+# %% ../nbs/9_together/07_shell.ipynb #0efb47de
 def _records(source, name):
     "The records of a source, none where there is no source."
     from probunlearn.data import fictional_authors, load_qa
@@ -104,7 +105,7 @@ def _print_cost(plan, qas):
     _announce(model)
     print(f"cost: {run_cost(model, qas, plan.n, decoding=Decoding(max_new_tokens=plan.max_new_tokens))}")
 
-# %% ../nbs/9_together/07_shell.ipynb #366aa7da
+# %% ../nbs/9_together/07_shell.ipynb #1ec127e4
 @dataclass(kw_only=True)
 class Plan:
     "Say before a run what its draws can certify and, given a model and data, what it will cost."
@@ -204,7 +205,7 @@ COMMANDS = {    # name → (module, class, what it does, an example that teaches
         "probunlearn plan --n 1024 --model small:full --data fictional_authors --split forget10\n"
         "    and how long that takes here")}
 
-# %% ../nbs/9_together/07_shell.ipynb #c8ed3df3
+# %% ../nbs/9_together/07_shell.ipynb #a07ec3ca
 def _overview():
     "What `probunlearn --help` says."
     lines = "\n".join(f"  {name:9} {what}" for name, (_, _, what, _) in COMMANDS.items())
@@ -233,7 +234,7 @@ def _parsed(name, words):
     chosen = parser.parse_args(_sorted_words(words))
     return command(**{f.name: getattr(chosen, f.name) for f in fields(command)})
 
-# %% ../nbs/9_together/07_shell.ipynb #18e0689b
+# %% ../nbs/9_together/07_shell.ipynb #abbef78d
 def main(
     args: list = None,  # the words behind `probunlearn`; default: the shell's
 ):                      # exit code
