@@ -111,7 +111,7 @@ def test_npo_becomes_ascent_on_answer_sums_as_beta_falls():
 def test_mean_entropy_by_hand():
     near(mean_entropy(batch()), (H[0][0] + H[0][1] + H[1][1]) / 3)
     near(mean_entropy(batch(), "all"), (sum(H[0]) + sum(H[1])) / 6)     # every position of the batch, as a plain mean
-    with pytest.raises(ValueError, match="'answer' or 'all', got 'own'"): mean_entropy(batch(), "own")
+    with pytest.raises(ValueError, match="one of 'answer', 'all', got 'own'"): mean_entropy(batch(), "own")
 
 
 @pytest.mark.parametrize("loss", [lambda s: answer_mean(s.nll, s.answer), grad_ascent, lambda s: grad_diff(s, s, 3.),
