@@ -26,7 +26,7 @@ def percent(
     "A share as people read it."
     return f"{rounded(100 * p, side=side, digits=3) if side else format(100 * p, '.3g')} %"
 
-# %% ../nbs/4_reports/02_page.ipynb #8b4c445a
+# %% ../nbs/4_reports/02_page.ipynb #797b173e
 def in_digits(
     value: float,           # a number
     column: str = "",       # the number's name; where it says ≤ or ≥ the number is a bound, which is rounded outward
@@ -35,14 +35,14 @@ def in_digits(
     side = "upper" if "≤" in column else "lower" if "≥" in column else None
     return rounded(value, side=side, digits=3) if side else f"{value:.3g}"
 
-# %% ../nbs/4_reports/02_page.ipynb #4bf0ecf6
+# %% ../nbs/4_reports/02_page.ipynb #7888fdc5
 def said(
     text: str | None,   # an answer; None where none came
 ) -> str:
     "An answer, or that there is none."
     return "no answer came" if text is None else text
 
-# %% ../nbs/4_reports/02_page.ipynb #c7d7a489
+# %% ../nbs/4_reports/02_page.ipynb #69e6c8eb
 def prompt_of(
     draws,
 ) -> str:   # e.g. "asked through its chat template"; empty when unknown
@@ -56,8 +56,8 @@ def way(
     return ", ".join(filter(None, [str(draws.decoding), prompt_of(draws)]))
 
 # %% ../nbs/4_reports/02_page.ipynb #1cc21bcb
-_SMALL = ("a an and as at by for from had has have he her his in is it its of on or she that the their they this to was "
-          "were who with")
+_SMALL = ("a an and as at by for from had has have he her his in is it its of on or she that the their they this to "
+          "was were who with")
 
 def _secret(qa):
     "The stems of the answer that the question doesn't hold, without small words."
@@ -83,7 +83,7 @@ def parts(
         at = end
     return [*cut, (text[at:], False)]
 
-# %% ../nbs/4_reports/02_page.ipynb #5ad1c9e1
+# %% ../nbs/4_reports/02_page.ipynb #3c7f798c
 def _source(name):
     "A template's text."
     return (files("probunlearn._data")/"templates"/name).read_text(encoding="utf-8")
@@ -121,7 +121,7 @@ def piece(
     "One of the pieces that pages share."
     return getattr(_templates().get_template("pieces.html").module, name)(*values)
 
-# %% ../nbs/4_reports/02_page.ipynb #dae3cee9
+# %% ../nbs/4_reports/02_page.ipynb #4fd21664
 def with_marks(
     text: str | None,   # an answer; None where none came
     qa,
@@ -129,7 +129,7 @@ def with_marks(
     "An answer with the leaking spans marked."
     return said(text) if text is None else piece("marked", parts(text, qa))
 
-# %% ../nbs/4_reports/02_page.ipynb #2bf90521
+# %% ../nbs/4_reports/02_page.ipynb #6686d5b4
 def _cell(value, column=""):
     "What a table's cell says, and whether that is text."
     if isinstance(value, str): return value, True
@@ -146,7 +146,7 @@ def table(
     rows = [cells(*row) for row in frame.itertuples()]
     return piece("table", head, rows)
 
-# %% ../nbs/4_reports/02_page.ipynb #95910528
+# %% ../nbs/4_reports/02_page.ipynb #376a6021
 _SIGNS = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$-])")     # what Markdown or HTML would read
 
 def plain_md(
@@ -156,7 +156,7 @@ def plain_md(
     escaped = _SIGNS.sub(r"\\\1", " ".join(text.split()))
     return escaped.replace("<", "&lt;").replace("://", "&#58;//")   # no address becomes a link
 
-# %% ../nbs/4_reports/02_page.ipynb #75318bd3
+# %% ../nbs/4_reports/02_page.ipynb #cdb3ea19
 def html_page(
     title: str,     # in the browser's tab
     body: str,      # HTML of the parts
@@ -187,7 +187,7 @@ def picture(
             return file.getvalue(), ax.get_title()
         finally: plt.close(fig)
 
-# %% ../nbs/4_reports/02_page.ipynb #df377888
+# %% ../nbs/4_reports/02_page.ipynb #053fc786
 _INK = {
     COLOURS["greedy"]: "currentColor",
     "#000000": "currentColor",
