@@ -113,7 +113,7 @@ def _in_context(row):
     return dict(question=f"{context}\n\n---\n\n{row['Behavior']}")
 
 # %% ../nbs/1_records/01_data.ipynb #a95620c8
-def _text(value):
+def as_text(value):
     "A number as text (a whole one without .0: tables with gaps keep them so), NaN as None, all else as it is."
     if not isinstance(value, Number) or isinstance(value, bool): return value
     if value != value: return None
@@ -122,8 +122,8 @@ def _text(value):
 def _texts(value):
     "Nothing, one text or a list of them as a tuple."
     if hasattr(value, "tolist"): value = value.tolist()         # an array in a table's cell
-    value = _text(value)
-    if isinstance(value, (list, tuple)): return tuple(map(_text, value))
+    value = as_text(value)
+    if isinstance(value, (list, tuple)): return tuple(map(as_text, value))
     return () if value in (None, "") else (value,)
 
 def _words(value):
@@ -136,7 +136,7 @@ def _words(value):
 def _choice(row):
     "(answer, choices) of a row: WMDP's answer is the number of a choice; a record without an answer has \"\"."
     answer, choices = row.get("answer"), _texts(row.get("choices"))
-    if not choices or not isinstance(answer, int): return _text(answer) or "", choices
+    if not choices or not isinstance(answer, int): return as_text(answer) or "", choices
     if not 0 <= answer < len(choices):
         raise ValueError(f"answer {answer} is no number of its {len(choices)} choices, which count from 0")
     return choices[answer], choices
@@ -148,17 +148,17 @@ def _made(row, id, columns):
     if not isinstance(row, dict):
         raise ValueError(f"a row is a dict such as dict(question=…, answer=…), got {str(row)[:60]}")
     row = _renamed(row, columns)
-    own = _text(row.get("id"))
+    own = as_text(row.get("id"))
     answer, choices = _choice(row)
     return QA(
         id=id if own in (None, "") else own,
-        question=_text(row["question"]),
+        question=as_text(row["question"]),
         answer=answer,
         keywords=_words(row.get("keywords")),
-        paraphrased_question=_text(row.get("paraphrased_question")) or "",
-        paraphrased_answer=_text(row.get("paraphrased_answer")) or "",
+        paraphrased_question=as_text(row.get("paraphrased_question")) or "",
+        paraphrased_answer=as_text(row.get("paraphrased_answer")) or "",
         perturbed_answers=_texts(row.get("perturbed_answer", row.get("perturbed_answers"))),
-        category=_text(row.get("category")) or "",
+        category=as_text(row.get("category")) or "",
         choices=choices,
         alternatives=_texts(row.get("alternatives")),
     )
