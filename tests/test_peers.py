@@ -12,7 +12,7 @@ from probunlearn.peers import read_inspect, read_leak_k, read_lm_eval, read_open
 from probunlearn.peers import read_tofu_log, tofu_splits, write_summary
 from probunlearn.report import Asked, Report
 from probunlearn.scores import score_draws
-from probunlearn.tables import draws_from_table, read_answers, scores_from_table
+from probunlearn.tables import draws_from_table, scores_from_table
 
 
 def write(folder, name, content):
@@ -120,16 +120,14 @@ def test_leak_k_with_holes_becomes_draws_with_holes(tmp_path):
     for i, qa in enumerate(qas): np.testing.assert_array_equal(again[qa.id], x[i])
 
 
-def test_the_harness_with_repeats_and_two_filters(tmp_path):
-    def line(i, f, said):
+def test_the_harness_with_repeats(tmp_path):
+    def line(i, said):
         arguments = {"gen_args_0": dict(arg_0=f"Q{i}", arg_1={})}
         return json.dumps(dict(doc_id=i, doc=dict(q="?"), target=17, arguments=arguments, resps=[said],
-                               filtered_resps=[said[0]], filter=f, exact_match=1.))
-    lines = [line(i, f, ["x"]) for f in ("none", "strict") for i in (0, 1)]
-    one = read_lm_eval(write(tmp_path, "one.jsonl", "\n".join(lines)))
+                               filtered_resps=[said[0]], filter="none", exact_match=1.))
+    one = read_lm_eval(write(tmp_path, "one.jsonl", "\n".join(line(i, ["x"]) for i in (0, 1))))
     assert one.question_id.tolist() == ["0", "1"] and one.exact_match.tolist() == [1, 1] and one.reference[0] == "17"
-    lines = [line(i, "none", ["x", "y", "x"]) for i in (0, 1)]
-    many = read_lm_eval(write(tmp_path, "many.jsonl", "\n".join(lines)))
+    many = read_lm_eval(write(tmp_path, "many.jsonl", "\n".join(line(i, ["x", "y", "x"]) for i in (0, 1))))
     assert "exact_match" not in many and many.draw.tolist() == [0, 1, 2] * 2
     assert [d.counts.tolist() for d in draws_from_table(many)[0]] == [[2, 1]] * 2
 
@@ -146,20 +144,6 @@ def test_inspects_epochs_are_draws(tmp_path):
     assert list(zip(table.question_id, table.draw)) == [("2", 0), ("2", 1), ("10", 0), ("10", 1)]
     np.testing.assert_array_equal(scores_from_table(table, "judge"), [[np.nan, 1], [0, 1]])
     assert draws_from_table(table)[0][0].texts == [None, "So."]
-
-
-def test_plain_tables_by_any_usual_name(tmp_path):
-    rows = [
-        dict(input="Q", output="a", target="t"),
-        dict(input="Q", output=None, target="t"),
-        dict(input="P", output="b", target="s"),
-    ]
-    table = read_answers(write(tmp_path, "x.jsonl", "\n".join(map(json.dumps, rows))))
-    draws, _ = draws_from_table(table)
-    assert [d.texts for d in draws] == [["a", None], ["b", None]]       # P was asked once: its second draw is missing
-    csv = read_answers(write(tmp_path, "x.csv", "id,prompt,answer,truth,draw\n9,Q,a,t,1\n9,Q,N/A,t,0\n"))
-    assert draws_from_table(csv)[0][0].texts == ["N/A", "a"] and draws_from_table(csv)[1][0].id == "9"
-    with pytest.raises(ValueError, match="draw 1 more than once"): draws_from_table(csv.assign(draw=1))
 
 
 def test_summaries_come_back(tmp_path):
