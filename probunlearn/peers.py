@@ -93,9 +93,10 @@ def _tofu_split(rows):
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #8e59c652
 def tofu_splits(
-    table,              # from `read_tofu_log`
+    table,              # from `read_tofu_log` or `read_open_unlearning`
 ) -> dict:              # split -> `TofuSplit`, rows in the file's order, NaN where something is missing
     "What a log says about each split, ready for TOFU's metrics; ValueError when it has no losses."
+    if "metric" in table: table = _as_tofu(table)
     lacking = [c for c in ("loss", "paraphrased_loss", "perturbed_loss", "rouge_l_recall") if c not in table]
     if lacking: raise ValueError(f"TOFU's metrics need {', '.join(lacking)}, which this file doesn't hold")
     return {split: _tofu_split(rows) for split, rows in table.groupby("split", sort=False)}
@@ -138,9 +139,31 @@ def read_open_unlearning(
             for metric, values in metrics.items() for index in sorted(values, key=_key)]
     return tidy(rows, path)
 
-# %% ../nbs/3_benchmarks/03_peers.ipynb #0cf39b4f
+# %% ../nbs/3_benchmarks/03_peers.ipynb #9a9969d0
 _NAMES = {"forget": "forget", "retain": "retain", "real authors": "ra", "world facts": "wf"}
+_LOSSES = {             # our column → the metric behind the split's name, and its field
+    "loss": ("Q_A_Prob", "avg_loss"),
+    "paraphrased_loss": ("Q_A_PARA_Prob", "avg_loss"),
+    "perturbed_loss": ("Q_A_PERT_Prob", "avg_loss"),
+    "rouge_l_recall": ("Q_A_ROUGE", "rougeL_recall"),
+    "normalized_loss": ("Q_A_Prob_normalised", "prob"),
+}
 
+def _as_tofu(table):
+    "A table of open-unlearning's metrics with a row per question of each split, as `read_tofu_log` gives it."
+    import pandas as pd
+    def column(metric, field):
+        rows = table[table.metric == metric]
+        return rows.set_index("question_id")[field] if len(rows) and field in rows else pd.Series(dtype=float)
+    parts = []
+    for split, name in _NAMES.items():
+        columns = {ours: column(f"{name}_{metric}", field) for ours, (metric, field) in _LOSSES.items()}
+        part = pd.DataFrame({ours: values for ours, values in columns.items() if len(values)})
+        if "loss" in part and "paraphrased_loss" not in part: part["paraphrased_loss"] = part["loss"]
+        parts.append(part.assign(split=split))
+    return pd.concat(parts)
+
+# %% ../nbs/3_benchmarks/03_peers.ipynb #0cf39b4f
 def _split_numbers(split, part, definition):
     "The three averages of one split under open-unlearning's names."
     name = _NAMES.get(split, split)
