@@ -105,7 +105,7 @@ def _harmbench(rows):
             yield row | dict(behavior=behavior) | own
 
 def _jailbreakbench(rows):
-    "Rows of a JailbreakBench artefact: one prompt and one response per goal; both are missing where no attack was found."
+    "Rows of a JailbreakBench artefact: one prompt and response per goal, neither where no attack was found."
     for jailbreak in rows[0]["jailbreaks"]:
         own = {name: jailbreak.get(name) for name in ("goal", "behavior", "category", "jailbroken")}
         prompt, response = jailbreak.get("prompt"), jailbreak.get("response")
@@ -134,14 +134,19 @@ def _adversariallm(rows):
 def _nested(row, *names, depth=3):
     "Whether a dict, or one inside it, has one of some keys."
     if not isinstance(row, dict): return False
-    return any(name in row for name in names) or depth > 0 and any(_nested(v, *names, depth=depth - 1) for v in row.values())
+    if any(name in row for name in names): return True
+    return depth > 0 and any(_nested(value, *names, depth=depth - 1) for value in row.values())
 
 def _is_harmbench(row):
     "Whether all values are lists of test cases."
     cases = [case for value in row.values() for case in (value if isinstance(value, list) else [None])]
     return bool(cases) and all(isinstance(case, dict) and "test_case" in case for case in cases)
 
-def _rows_of(read):
+def _by_path(read):
+    "A reader of a path that knows its own errors, among readers that are told what the file looks like."
+    return lambda path, name: read(path)
+
+def _by_rows(read):
     "A reader of rows as a reader of a path; what it stumbles over is reported with the file's name."
     def table(path, name):
         try: rows = list(read(file_rows(Path(path))))
@@ -158,25 +163,24 @@ def _without_blank(rows):
 # %% ../nbs/3_benchmarks/05_formats.ipynb #80b24ff6
 # what a file is, whether its first row shows it, and how it is read
 _FORMATS = (
-    ("a log of lm-evaluation-harness", lambda row: {"doc_id", "resps"} <= row.keys(), lambda path, _: read_lm_eval(path)),
-    ("a log of inspect", lambda row: {"status", "samples"} <= row.keys(), lambda path, _: read_inspect(path)),
-    ("generations of Leak-k", lambda row: "responses" in row, lambda path, _: read_leak_k(path)),
-    ("the output of a batch", lambda row: {"custom_id", "response"} <= row.keys(), _rows_of(_batch)),
-    ("garak's report", lambda row: "entry_type" in row, _rows_of(_garak)),
-    ("an artefact of JailbreakBench", lambda row: "jailbreaks" in row, _rows_of(_jailbreakbench)),
-    ("a run of AdversariaLLM", lambda row: "runs" in row, _rows_of(_adversariallm)),
-    ("promptfoo's results", lambda row: "results" in row and "samples" not in row or "promptIdx" in row, _rows_of(_promptfoo)),
-    ("completions of HarmBench", _is_harmbench, _rows_of(_harmbench)),
-    ("an evaluation of open-unlearning", lambda row: _nested(row, "value_by_index"),
-     lambda path, _: read_open_unlearning(path)),
-    ("a log of TOFU", lambda row: _nested(row, "generated_text", "avg_gt_loss", depth=1), lambda path, _: read_tofu_log(path)),
+    ("a log of lm-evaluation-harness", lambda row: {"doc_id", "resps"} <= row.keys(), _by_path(read_lm_eval)),
+    ("a log of inspect", lambda row: {"status", "samples"} <= row.keys(), _by_path(read_inspect)),
+    ("generations of Leak-k", lambda row: "responses" in row, _by_path(read_leak_k)),
+    ("the output of a batch", lambda row: {"custom_id", "response"} <= row.keys(), _by_rows(_batch)),
+    ("garak's report", lambda row: "entry_type" in row, _by_rows(_garak)),
+    ("an artefact of JailbreakBench", lambda row: "jailbreaks" in row, _by_rows(_jailbreakbench)),
+    ("a run of AdversariaLLM", lambda row: "runs" in row, _by_rows(_adversariallm)),
+    ("promptfoo's results", lambda row: bool({"results", "promptIdx"} & row.keys()), _by_rows(_promptfoo)),
+    ("completions of HarmBench", _is_harmbench, _by_rows(_harmbench)),
+    ("an evaluation of open-unlearning", lambda row: _nested(row, "value_by_index"), _by_path(read_open_unlearning)),
+    ("a log of TOFU", lambda row: _nested(row, "generated_text", "avg_gt_loss", depth=1), _by_path(read_tofu_log)),
 )
 
 # %% ../nbs/3_benchmarks/05_formats.ipynb #aa640d95
 def read_answers(
     path,               # .csv, .tsv, .json, .jsonl or inspect's .eval
     *,
-    empty: str = None,  # what an empty answer in a plain table is, "answer" (nothing was said) or "missing" (it is lost)
+    empty: str = None,  # what an empty answer of a plain table is, "answer" (nothing was said) or "missing" (lost)
 ):                      # table; ValueError for a file that is neither known nor a plain table with question and answer
     "Read answers from a file of any known tool, or a plain table."
     if zipfile.is_zipfile(path): return read_inspect(path)

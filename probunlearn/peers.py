@@ -26,6 +26,12 @@ def _load(path):
     try: return json.loads(file_text(path))
     except json.JSONDecodeError as e: raise ValueError(f"{path} is not a JSON file ({e})") from e
 
+def _object(path, what):
+    "The object in a JSON file; ValueError when it holds something else."
+    found = _load(path)
+    if isinstance(found, dict): return found
+    raise ValueError(f"{path} is no {what}: it holds a {type(found).__name__}, not an object")
+
 def _key(index): # 2 before 10
     return (0, int(index), "") if re.fullmatch(r"\d+", str(index)) else (1, 0, str(index))
 
@@ -63,9 +69,7 @@ def read_tofu_log(
     path,               # eval_log*.json, one split or all of them
 ):                      # table with `split`, ROUGE, losses per token (nats) and TOFU's own truth ratio
     "Read an evaluation log of TOFU (Maini et al. 2024); ValueError when it is none."
-    log = _load(path)
-    if not isinstance(log, dict):
-        raise ValueError(f"{path} is no TOFU log: it holds a {type(log).__name__}, not an object")
+    log = _object(path, "TOFU log")
     single = "generated_text" in log or "avg_gt_loss" in log
     logs = {Path(path).stem: log} if single else {Path(name).stem: part for name, part in log.items()}
     for part in logs.values():
@@ -133,7 +137,7 @@ def read_open_unlearning(
     path,               # a …_EVAL.json
 ):                      # table with `metric` and the metric's own fields
     "Read the evaluation file of open-unlearning (Dorna et al. 2025); ValueError when no metric has values by index."
-    metrics = dict(_by_metric(_load(path)))
+    metrics = dict(_by_metric(_object(path, "evaluation of open-unlearning")))
     for warning in _gaps(metrics): warnings.warn(warning, stacklevel=2)
     rows = [_unlearning_row(metric, index, values[index])
             for metric, values in metrics.items() for index in sorted(values, key=_key)]
@@ -255,7 +259,8 @@ def _responses(line):
 def _is_likelihood(response):
     "Whether a logged response is one option's [log-likelihood, is greedy]."
     pair = response[0] if isinstance(response, list) and len(response) == 1 else response
-    return isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], (bool, str)) and not isinstance(pair[0], str)
+    if not isinstance(pair, list) or len(pair) != 2: return False
+    return not isinstance(pair[0], str) and isinstance(pair[1], (bool, str))
 
 def _options(arguments):
     "The options among the arguments of a multiple-choice request; ValueError when two are alike."
@@ -297,8 +302,8 @@ def _of_filter(lines, name, path):
     kept = [line for line in lines if name is None or line.get("filter") == name]
     (document, times), = Counter(line["doc_id"] for line in kept).most_common(1) or [(None, 0)]
     if times < 2: return kept
-    raise ValueError(f"{path} holds document {document} {times} times, and nothing says which filter a line belongs to: "
-                     "keep the lines of one filter")
+    raise ValueError(f"{path} holds document {document} {times} times, and nothing says which filter a line belongs "
+                     "to: keep the lines of one filter")
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #88bd0f99
 def read_lm_eval(
@@ -332,7 +337,7 @@ def _member(archive, info, file):
 # %% ../nbs/3_benchmarks/03_peers.ipynb #44b647ab
 def _inspect_samples(path):
     "The samples of a log, zipped or not."
-    if not zipfile.is_zipfile(path): return _load(path).get("samples") or []
+    if not zipfile.is_zipfile(path): return _object(path, "log of inspect").get("samples") or []
     with open(path, "rb") as file, zipfile.ZipFile(path) as archive:
         infos = [info for info in archive.infolist() if re.fullmatch(r"samples/.*\.json", info.filename)]
         try: return [json.loads(_member(archive, info, file)) for info in infos]

@@ -159,7 +159,7 @@ def exact_match(
 def _accepted(qa):
     "The reference and the other accepted answers of a record; ValueError when it has none."
     if not qa.answer:
-        raise ValueError(f"record {qa.id!r} has no reference answer: use key words, or a score or judge that needs none")
+        raise ValueError(f"record {qa.id!r} has no reference answer: use key words, or a score that needs none")
     return (qa.answer, *qa.alternatives)
 
 def _best(measure, part=None):

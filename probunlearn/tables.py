@@ -63,7 +63,7 @@ _ALIASES = {
 }
 
 def _columns(rows):
-    "Our name → the name of that column in a file's rows, for those that are there; ValueError without question or answer."
+    "Our name → the name of that column in a file's rows; ValueError without question or answer."
     there = dict.fromkeys(column for row in rows for column in row)
     found = {ours: next((a for a in known if a in there), None) for ours, known in _ALIASES.items()}
     lacking = [f"{n} (one of {', '.join(_ALIASES[n])})" for n in ("question", "answer") if found[n] is None]
@@ -81,8 +81,9 @@ def _answers(value):
 
 def _draw(row, column):
     "The number of a row's draw; epochs are counted from 1; ValueError for what is no number."
-    try: number = int(float(row[column]))
-    except (TypeError, ValueError): raise ValueError(f"a draw is a whole number from 0 on, got {row[column]!r}") from None
+    value = row[column]
+    try: number = int(float(value))
+    except (TypeError, ValueError): raise ValueError(f"a draw is a whole number from 0 on, got {value!r}") from None
     return number - (column == "epoch")
 
 def _plain_rows(row, columns):
@@ -102,8 +103,8 @@ def _filled(rows, empty, is_text, path):
     "What empty answers are: as the caller says; ValueError when there are any in a table of text and nobody says."
     count = sum(row["answer"] == "" for row in rows)
     if count and empty is None and is_text:
-        raise ValueError(f"{path}: {count} of {len(rows)} answers are empty cells: say empty=\"answer\" if the model said "
-                         "nothing there, or empty=\"missing\" if the answers are lost")
+        raise ValueError(f"{path}: {count} of {len(rows)} answers are empty cells: say empty=\"answer\" if the model "
+                         "said nothing there, or empty=\"missing\" if the answers are lost")
     if empty != "missing": return rows
     return [row | dict(answer=None) if row["answer"] == "" else row for row in rows]
 

@@ -145,7 +145,6 @@ def test_rows_of_open_unlearning_give_their_summary(name):
         values = stored[metric]["value_by_index"]
         assert rows.question_id.tolist() == list(values) == [str(i) for i in range(len(values))]
         assert rows.answer.tolist() == [row["generation"] for row in values.values()]
-        if name == MUSE: continue       # 100 references of MUSE, where rouge-score and theirs agree as well
         draws, qas = draws_from_table(rows)
         for ours, theirs in ("rouge_l_recall", "rougeL_recall"), ("rouge_l_f1", "rougeL_f1"):
             assert score_draws(draws, qas, ours)[:, 0] == pytest.approx(rows[theirs].tolist(), abs=1e-9)
@@ -161,7 +160,8 @@ def test_truth_ratio_and_utility_of_open_unlearning(name):
         probability = f"{split}_Q_A_Prob" + ("_normalised" if split != "retain" else "")
         ratio = truth_score(field(table, f"{split}_Truth_Ratio")).mean()
         assert ratio == pytest.approx(stored[f"{split}_Truth_Ratio"]["agg_value"], abs=1e-9)
-        terms += [field(table, probability, "prob").mean(), field(table, f"{split}_Q_A_ROUGE", "rougeL_recall").mean(), ratio]
+        rouge = field(table, f"{split}_Q_A_ROUGE", "rougeL_recall").mean()
+        terms += [field(table, probability, "prob").mean(), rouge, ratio]
     assert stats.hmean(terms) == pytest.approx(numbers["model_utility"], abs=1e-9)
     ratio = truth_score(field(table, "forget_truth_ratio"), forget=True).mean()
     assert ratio == pytest.approx(stored["forget_truth_ratio"]["agg_value"], abs=1e-9)

@@ -1,4 +1,4 @@
-"""Plain tables of answers and files of many tools, each with the value that it must give, recomputed from the file's bytes."""
+"""Plain tables of answers and files of many tools, each with the value that it must give, recomputed by hand."""
 import json
 import os
 import struct
@@ -93,7 +93,8 @@ def test_several_answers_in_a_row(tmp_path):
     assert [d.texts for d in draws] == [["Oslo", "Bergen"], ["Ann", None]]
     assert qas == [QA("a", "Where?", "Oslo", alternatives=("Christiania",)), QA("b", "Who?", "7")]
     np.testing.assert_array_equal(scores_from_table(table, "leak"), [[1, .2], [np.nan, np.nan]])
-    assert texts(read_answers(write(tmp_path, "y.json", json.dumps([dict(prompt="Q", answer="a")], indent=1)))) == [["a"]]
+    spread = json.dumps([dict(prompt="Q", answer="a")], indent=1)
+    assert texts(read_answers(write(tmp_path, "y.json", spread))) == [["a"]]
 
 
 def test_choices_and_alternatives_belong_to_the_question(tmp_path):
@@ -125,7 +126,7 @@ def test_records_may_come_from_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("name,rows,message", [
-    ("x.json", [dict(a=1, b=2)], "has no column for question .* it has a, b. It looks like none of these, either: a log"),
+    ("x.json", [dict(a=1, b=2)], "no column for question .* it has a, b. It looks like none of these, either: a log"),
     ("x.csv", ["a,b", "1,2"], "x.csv has no column for question .* it has a, b$"),
     ("x.jsonl", ["[1]", "2"], "line 1 is not a JSON object"),
     ("x.json", ['["a"]'], "x.json holds no answers"),
@@ -133,7 +134,7 @@ def test_records_may_come_from_elsewhere(tmp_path):
     ("x.xlsx", ["x"], "unknown file type '.xlsx'; allowed are"),
     ("x.jsonl", [dict(prompt="a", answer=dict(b=1))], "x.jsonl, row 0: an answer is a text, a list of texts or null"),
     ("x.jsonl", [dict(doc_id=0, resps=[])], "no sample log of the harness: a line has no target, arguments"),
-    ("x.json", [dict(runs=[{}])], "looks like a run of AdversariaLLM, but could not be read .KeyError: 'original_prompt'"),
+    ("x.json", [dict(runs=[{}])], "looks like a run of AdversariaLLM, but could not be read .KeyError: 'original_pro"),
     ("x.json", [dict(jailbreaks=[dict(goal="g")])], "looks like an artefact of JailbreakBench, but could not be read"),
     ("x.jsonl", [dict(entry_type="attempt")], "looks like garak's report, but could not be read"),
     ("x.json", [dict(status="error", samples=[])], "x.json holds no answers"),
@@ -217,7 +218,8 @@ def test_options_that_cannot_be_told_apart_are_refused(options, target, message,
 
 def test_all_choices_of_a_sample_are_draws(tmp_path):
     mark = dict(scores=dict(match=dict(value="C")))
-    log = inspect_log(inspect_sample("001", 1, "Oslo", "Bergen", **mark), inspect_sample("001", 2, "Rome", "Oslo", **mark),
+    log = inspect_log(inspect_sample("001", 1, "Oslo", "Bergen", **mark),
+                      inspect_sample("001", 2, "Rome", "Oslo", **mark),
                       inspect_sample("002", 1, error=dict(message="boom")), inspect_sample("002", 2, "No", "Oslo"))
     table = read_answers(write(tmp_path, "x.json", log))
     draws, qas = draws_from_table(table)
@@ -270,7 +272,7 @@ def test_a_log_compressed_by_zstandard_is_read(tmp_path):
     assert read_answers(path).equals(read_inspect(write(tmp_path, "x.json", log)))
     bad = path.read_bytes().replace(b"\x28\xb5\x2f\xfd", b"\0\0\0\0")
     (tmp_path/"bad.eval").write_bytes(bad)
-    with pytest.raises(ValueError, match="turn it into JSON with `inspect log convert"): read_answers(tmp_path/"bad.eval")
+    with pytest.raises(ValueError, match="turn it into JSON with `inspect log conv"): read_answers(tmp_path/"bad.eval")
 
 
 # --- batches, scanners, attacks ---
@@ -316,7 +318,8 @@ def test_promptfoo_as_a_file_and_as_lines(tmp_path):
 
 def test_harmbench_completions(tmp_path):
     def case(text, said, label): return dict(test_case=text, generation=said, label=label)
-    completions = dict(lock=[case("How?", "No.", 0), case("How?", "Pin.", 1)], bomb=[case("a", "x", 0), case("b", "y", 1)])
+    completions = dict(lock=[case("How?", "No.", 0), case("How?", "Pin.", 1)],
+                       bomb=[case("a", "x", 0), case("b", "y", 1)])
     table = read_answers(write(tmp_path, "x.json", completions))
     assert table.question_id.tolist() == ["lock", "lock", "bomb/0", "bomb/1"] and table.draw.tolist() == [0, 1, 0, 0]
     assert table.behavior.tolist() == ["lock", "lock", "bomb", "bomb"]
