@@ -7,6 +7,7 @@ __all__ = ['read_tofu_log', 'tofu_splits', 'read_open_unlearning', 'tofu_summary
            'read_lm_eval', 'read_inspect']
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #6fd77517
+from ast import literal_eval
 from collections import Counter
 from pathlib import Path
 import json
@@ -255,12 +256,21 @@ def _responses(line):
         raise ValueError(f"the responses are no texts but {texts[0]!r}; choose a task that generates or has options")
     return texts
 
+# %% ../nbs/3_benchmarks/03_peers.ipynb #1e752213
+def _target(target):
+    "A target; a list of texts that was written down as a text becomes the list again."
+    if not isinstance(target, str) or not target.startswith("["): return target
+    try: listed = literal_eval(target)
+    except (ValueError, SyntaxError): return target
+    return listed if isinstance(listed, list) and all(isinstance(text, str) for text in listed) else target
+
 # %% ../nbs/3_benchmarks/03_peers.ipynb #ade946f9
-def _is_likelihood(response):
-    "Whether a logged response is one option's [log-likelihood, is greedy]."
+def _likelihood(response):
+    "The log-likelihood in one option's logged [log-likelihood, is greedy], often written as texts; None for any other."
     pair = response[0] if isinstance(response, list) and len(response) == 1 else response
-    if not isinstance(pair, list) or len(pair) != 2: return False
-    return not isinstance(pair[0], str) and isinstance(pair[1], (bool, str))
+    if not isinstance(pair, list) or len(pair) != 2 or str(pair[1]) not in ("True", "False"): return None
+    try: return float(pair[0])
+    except (TypeError, ValueError): return None
 
 def _options(arguments):
     "The options among the arguments of a multiple-choice request; ValueError when two are alike."
@@ -270,10 +280,9 @@ def _options(arguments):
     raise ValueError(f"its options aren't told apart by what is answered, {', '.join(map(repr, texts[:5]))}: "
                      "choose a task whose options differ")
 
-def _option_row(line):
-    "The answer, the reference and the right option's probability of a multiple-choice record."
-    choices = _options(line["arguments"])
-    logp = np.array([(r[0] if len(r) == 1 else r)[0] for r in line["resps"]], float)     # (options,) nats
+def _option_row(line, logp):
+    "The answer, the reference and the right option's probability, by the options' log-likelihoods in nats."
+    choices, logp = _options(line["arguments"]), np.array(logp)
     target = line["target"]
     right = choices[int(target)] if str(target).isdigit() and int(target) < len(choices) else str(target).strip()
     if right not in choices: raise ValueError(f"its target {target!r} is none of its options {choices}")
@@ -286,9 +295,10 @@ def _lm_eval_rows(line):
     "One row per response of one logged record."
     numbers = {k: float(v) for k, v in line.items() if isinstance(v, (int, float)) and k != "doc_id"}
     row = dict(question_id=str(line["doc_id"]), question=_prompt(line["arguments"]), draw=0)
-    if len(line["resps"]) > 1 and all(map(_is_likelihood, line["resps"])): return [row | _option_row(line) | numbers]
+    logp = [_likelihood(response) for response in line["resps"]]
+    if len(logp) > 1 and None not in logp: return [row | _option_row(line, logp) | numbers]
     texts = _responses(line)
-    row |= accepted(line["target"]) | (numbers if len(texts) == 1 else {})
+    row |= accepted(_target(line["target"])) | (numbers if len(texts) == 1 else {})
     return [row | dict(draw=draw, answer=answer) for draw, answer in enumerate(texts)]
 
 def _of_filter(lines, name, path):

@@ -158,11 +158,12 @@ def inspect_sample(id, epoch, *said, target="Oslo", stop="stop", **more):
 def inspect_log(*samples): return dict(version=2, status="success", samples=list(samples))
 
 
-@pytest.mark.parametrize("tool", ["lm-eval", "inspect"])
+@pytest.mark.parametrize("tool", ["lm-eval", "lm-eval as text", "inspect"])
 def test_accepted_answers_that_are_not_the_first_are_leaks(tool, tmp_path):
     "200 draws of the second accepted answer: by the first alone they were certified to leak at most 2.3 %."
     accepted, said = ["Oslo", "Christiania"], ["Christiania"] * 200
-    if tool == "lm-eval": path = write(tmp_path, "x.jsonl", harness_line(0, said, accepted))
+    target = str(accepted) if tool == "lm-eval as text" else accepted
+    if tool != "inspect": path = write(tmp_path, "x.jsonl", harness_line(0, said, target))
     else:
         path = write(tmp_path, "x.json", inspect_log(*(inspect_sample(1, i + 1, text, target=accepted)
                                                        for i, text in enumerate(said))))
@@ -175,6 +176,12 @@ def test_accepted_answers_that_are_not_the_first_are_leaks(tool, tmp_path):
 
 
 # --- lm-evaluation-harness ---
+
+@pytest.mark.parametrize("target", ["[1, 2]", "[sic]", "['a', 1]", "{'a'}", "['a'"])
+def test_a_target_that_only_looks_like_a_list_is_a_text(target, tmp_path):
+    _, (qa,) = draws_from_table(read_answers(write(tmp_path, "x.jsonl", harness_line(0, ["x"], target))))
+    assert (qa.answer, qa.alternatives) == (target, ())
+
 
 def test_filters_of_a_log_are_chosen_or_refused(tmp_path):
     scores = {"strict-match": 0., "flexible-extract": 1.}
@@ -192,13 +199,15 @@ def test_filters_of_a_log_are_chosen_or_refused(tmp_path):
         read_answers(write(tmp_path, "old.jsonl", *old))
 
 
+@pytest.mark.parametrize("kind", [lambda x: x, str])      # the harness's command writes all of it as text
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("target", [1, "1", "owl"])
-def test_options_of_a_multiple_choice_task(named, target, tmp_path):
+def test_options_of_a_multiple_choice_task(named, target, kind, tmp_path):
     logp, options = [-3., -1., -2.5], ["oak", "owl", "ore"]
     pairs = [["Which is a bird?", f" {o}"] for o in options]
     arguments = {f"gen_args_{i}": dict(arg_0=a, arg_1=b) for i, (a, b) in enumerate(pairs)} if named else pairs
-    row = dict(doc_id=3, doc={}, target=target, arguments=arguments, resps=[[[x, False]] for x in logp], acc=1.)
+    row = dict(doc_id=3, doc={}, target=target, arguments=arguments, acc=1.,
+               resps=[[[kind(x), kind(False)]] for x in logp])
     table = read_answers(write(tmp_path, "x.jsonl", row))
     draws, qas = draws_from_table(table)
     assert qas == [QA("3", "Which is a bird?", "owl", choices=tuple(options))] and draws[0].texts == ["owl"]
