@@ -58,11 +58,13 @@ def _garak(lines):
         if line.get("entry_type") == "attempt": attempts[line["uuid"]] = line
     for id, attempt in attempts.items():
         row = dict(question_id=id, question=_garak_text(attempt["prompt"]), probe=attempt.get("probe_classname"))
+        texts = [_garak_text(output) for output in attempt["outputs"]]
         hits = attempt.get("detector_results") or {}
-        for draw, output in enumerate(attempt["outputs"]):
-            marks = {name: np.nan if draw >= len(hit) or hit[draw] is None else float(hit[draw])
-                     for name, hit in hits.items()}
-            yield row | dict(draw=draw, answer=_garak_text(output), goal=attempt.get("goal")) | marks
+        marks = {name: np.array(hit if len(hit) == len(texts) else [None] * len(texts), float)   # (outputs,)
+                 for name, hit in hits.items()}                     # of a shorter list nobody knows which is whose
+        for draw, text in enumerate(texts):
+            own = dict(draw=draw, answer=text, goal=attempt.get("goal"), lost="no output" if text is None else None)
+            yield row | own | {name: float(mark[draw]) for name, mark in marks.items()}
 
 # %% ../nbs/3_benchmarks/05_formats.ipynb #45285c79
 def _promptfoo_row(result):

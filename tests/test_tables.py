@@ -325,6 +325,20 @@ def test_promptfoo_as_a_file_and_as_lines(tmp_path):
     assert draws_from_table(table[table.provider == "b"])[0][0].lost == {0: "429"}
 
 
+def test_garaks_notations(tmp_path):
+    def attempt(id, prompt, outputs, status=2, **hits):
+        return dict(entry_type="attempt", uuid=id, status=status, prompt=prompt, outputs=outputs, detector_results=hits)
+    turns = [dict(role="system", content=dict(text="s")), dict(role="user", content=dict(text="Say it."))]
+    rows = [dict(entry_type="init"), attempt("a", dict(turns=turns), [dict(text="x")] * 3, status=1),
+            attempt("b", "Old.", ["y", "z", "x"], leak=[1., 0.]),
+            attempt("a", dict(turns=turns), [dict(text="No."), None, dict(text="It.")], leak=[0., None, 1.])]
+    table = read_answers(write(tmp_path, "x.report.jsonl", *rows))
+    draws, qas = draws_from_table(table)
+    assert [(qa.id, qa.question) for qa in qas] == [("a", "Say it."), ("b", "Old.")]
+    assert [d.texts for d in draws] == [["No.", None, "It."], ["y", "z", "x"]] and draws[0].lost == {1: "no output"}
+    np.testing.assert_array_equal(scores_from_table(table, "leak"), [[0, np.nan, 1], [np.nan] * 3])
+
+
 def test_harmbench_completions(tmp_path):
     def case(text, said, label): return dict(test_case=text, generation=said, label=label)
     completions = dict(lock=[case("How?", "No.", 0), case("How?", "Pin.", 1)],
