@@ -119,8 +119,7 @@ class UnlearnConfig(TrainConfig):
     ("grad_ascent, grad_diff, wga, satimp, npo, simnpo, idk, dpo, undial, ce_u, rmu, or retain_only "
      "(no forget loss: retain and entropy alone, for a model that refuses already)")
     beta: float = None
-    ("how soon the push fades (NPO, SimNPO, DPO, WGA, SatImp's first), how far the secret's logit is lowered (UNDIAL); "
-     "default: the method's own")
+    "NPO, SimNPO, DPO, WGA, SatImp: how soon the push fades; UNDIAL: how far the logit falls; default: the method's own"
     beta2: float = None
     "SatImp: how much certain tokens are spared; default: the method's own"
     delta: float = None
@@ -141,15 +140,13 @@ class UnlearnConfig(TrainConfig):
     ("where the forget entropy is taken: own (the model's own greedy answer where it doesn't leak), draws (an answer "
      "drawn from it), answer (the secret answer, as in the paper), all (every position, as in the reference)")
     leak_at: float = 0.5
-    ("own, draws: an answer leaks when it holds a key word; for a record without key words, when its ROUGE-L recall "
-     "is at least this")
+    "own, draws: an answer leaks by a key word; where a record has none, from this ROUGE-L recall on"
     ramp: float = 0.0
     "share of the updates in which the entropy weights rise from 0"
     stop_retain: float = None
     "stop when the retain NLL, mean of five updates, is so many nats per token above its start; None never stops"
     keep: str = "last"
-    ("weights to end with: last, or best (of those a probe saw: the lowest leak bound at a greedy retain score of "
-     "at least utility_floor)")
+    "weights to end with: last, or best (the lowest leak bound that a probe saw where utility_floor was kept)"
     utility_floor: float = 0.8
     "best: greedy score on retain questions that the chosen weights must have"
 
