@@ -33,7 +33,7 @@ from .runs import known_logprobs
 # %% ../nbs/5_models/07_endpoint.ipynb #f8968131
 @dataclass(frozen=True)
 class Endpoint:
-    "A server that speaks the OpenAI protocol, as a `Model`. ValueError on a bad setting, or a secret where none belongs."
+    "A server that speaks the OpenAI protocol, as a `Model`. ValueError on bad settings, or a secret in them."
     url: str                        # base address, up to and without "/completions": "http://localhost:8000/v1"
     model: str                      # what the server calls the model
     template: Template = Template(chat=True)    # the server's own chat template; Template() sends a plain prompt
@@ -67,11 +67,8 @@ class Endpoint:
     @property
     def identity(self): return _identity(self)
 
-    def replace(
-        self,
-        **changed,          # fields of this class
-    ):                      # an `Endpoint`
-        "The same server, asked another way."
+    def replace(self, **changed):
+        "The same server, asked another way: with other fields of this class."
         return replace(self, **changed)
 
     def check(self, qas, decoding):
@@ -86,8 +83,7 @@ class Endpoint:
     ) -> list:              # `Draws` with n = 1; errors as `draw`
         "The answers at temperature 0."
         cold = Decoding(temperature=0, max_new_tokens=decoding.max_new_tokens)
-        call = _Call(self, cold, 0, stream="greedy")
-        return _collected(call, qas, 0, 1)
+        return _collected(_Call(self, cold, 0, stream="greedy"), qas, 0, 1)
 
     def draw(
         self,
@@ -97,7 +93,7 @@ class Endpoint:
         seed: int = 0,      # of the requests' own seeds
         *,
         start: int = 0,     # leave out the draws before this one
-    ) -> list:              # `Draws`; ValueError on a refused request, PermissionError on a key, ConnectionError without a server
+    ) -> list:              # `Draws`; ValueError on a refused request, PermissionError on a key, ConnectionError
         "Answers to each question; draws of a failed request are missing, for good once the server may have made them."
         return _collected(_Call(self, decoding, seed), qas, whole("start", start, 0), whole("n", n))
 
@@ -118,6 +114,8 @@ def _check_address(endpoint):
     if parts.username or parts.password: raise ValueError(f"url must not carry a name or password; {_KEY}")
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ValueError(f"url must begin with http:// or https:// and a host, got {endpoint.url!r}")
+    try: httpx.URL(endpoint.url)
+    except httpx.InvalidURL as e: raise ValueError(f"url is no address: {e}") from None
     if parts.path.rstrip("/").endswith("/completions"):
         raise ValueError(f"url must be the base address, without /completions: got {endpoint.source!r}")
     if not re.fullmatch("[A-Z_][A-Z0-9_]*", endpoint.key): raise ValueError(_KEY)
@@ -487,6 +485,7 @@ def _as_they_come(work, queue, workers, stop):
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done: yield under_way.pop(future), future
         finally: stop.set()
 
+# %% ../nbs/5_models/07_endpoint.ipynb #689cbb5f
 def _end(call, queue, error):
     "No further request starts."
     queue.error = queue.error or error
@@ -507,8 +506,8 @@ def _outcome(call, queue, piece, future):
         if not call.texts.get(piece.qa.id): _after_loss(call, queue, piece, e)
         return [str(e)] * piece.count
     except _NotTaken as e:
-        queue.left.setdefault(piece.qa.id, str(e))
         if e.down: _end(call, queue, ConnectionError(f"{call.endpoint.source}: {e}. Is the server running?"))
+        if not queue.error: queue.left.setdefault(piece.qa.id, str(e))
         return []
     except Exception as e:          # a refusal that won't go away
         _end(call, queue, e)
@@ -558,10 +557,12 @@ def _missing_doubts(call, queue, total):
                "answered, and asking again would keep only what passes. Bounds count them at their worst. "
                "If the server was out of order, begin again with another seed and another `out`.")
     if gaps:
-        why = _few(queue.left.values()) or "never asked for"
+        end = [str(queue.error)] if queue.error else []
+        why = _few([*queue.left.values(), *end]) or "never asked for"
         yield (f"{gaps:,} of {total:,} draws are missing ({why}). Bounds count them at their worst; "
                "the same call of evaluate with the same `out` asks for these only.")
 
+# %% ../nbs/5_models/07_endpoint.ipynb #79a14b11
 def _sampling_doubts(call, count, n):
     "Whether the answers look like independent draws."
     temperature = call.decoding.temperature
@@ -569,8 +570,9 @@ def _sampling_doubts(call, count, n):
     alike = [same for given, _, same in call.given if given > 1]
     if n >= 8 and len(call.texts) == count and all(len(set(texts)) == 1 for texts in call.texts.values()):
         yield (f"at temperature {temperature:g} all draws of a question are the same answer. A model that knows it by "
-               "heart does that; so does a server that decodes greedily or repeats cached answers (`transformers serve` "
-               "samples only where the model's generation_config says do_sample), and then no bound on sampling follows.")
+               "heart does that; so does a server that decodes greedily or repeats cached answers "
+               "(`transformers serve` samples only where the model's generation_config says do_sample), "
+               "and then no bound on sampling follows.")
     elif len(alike) >= 8 and all(alike):
         yield ("the answers of one request are always the same, those of different requests aren't: they are no "
                "independent draws. Ask again with per_request=1.")

@@ -1,4 +1,4 @@
-"""Whoever answers keeps one protocol: a model at hand, a server, one of our own. A run of a server survives anything."""
+"""Whoever answers keeps one protocol: a model at hand, a server, one of our own. A server's run survives anything."""
 import json
 import multiprocessing
 import os
@@ -117,7 +117,7 @@ def test_an_evaluation_asks_once(model, tmp_path):
 
 # --- a run of a server survives anything ----------------------------------------------------------------------------
 
-ASKED, N, WIDTH, WORKERS = [QA(f"q{i}", f"Question {i}?", "Zorp.", ("Zorp",)) for i in range(3)], 100, 4, 3
+ASKED, N, WIDTH, WORKERS = [QA(f"q{i}", f"Question {i}?", "Zorp.", ("Zorp",)) for i in range(3)], 320, 4, 3
 
 
 def ask(url, out):
