@@ -16,7 +16,8 @@ from probunlearn.models import load_model, small_model
 from probunlearn.shell import COMMANDS, main
 from probunlearn.weights import write_weights
 
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}")
 
 
 @pytest.fixture
@@ -89,11 +90,13 @@ def test_the_entry_point_is_installed():
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 def evaluation(**how):
-    return ["evaluate", *words(**dict(model="small:full", data="fictional_authors", split="forget01", out="run", n=4) | how)]
+    given = dict(model="small:full", data="fictional_authors", split="forget01", out="run", n=4)
+    return ["evaluate", *words(**given | how)]
 
 
 def training(command, **how):
-    return [command, *words(**dict(model="small:full", data="fictional_authors", out="trained", steps=1) | how)]
+    given = dict(model="small:full", data="fictional_authors", out="trained", steps=1)
+    return [command, *words(**given | how)]
 
 
 WRONG = [
@@ -118,7 +121,8 @@ def test_what_is_wrong_is_said_in_one_line_before_a_model_is_loaded(args, names,
     assert not list(tmp_path.iterdir())
 
 
-BAD = [(dict(n=0), "n must be a whole number >= 1, got 0"), (dict(leak_at=0), "leak_at"), (dict(adaptive=2), "confidence")]
+BAD = [(dict(n=0), "n must be a whole number >= 1, got 0"), (dict(leak_at=0), "leak_at"),
+       (dict(adaptive=2), "confidence")]
 
 @pytest.mark.parametrize("how, names", BAD, ids=str)
 def test_bad_values_are_refused_before_a_model_is_loaded(how, names, tmp_path, monkeypatch, no_model):
@@ -144,7 +148,9 @@ def test_a_place_that_cannot_be_written_fails_before_a_model_is_loaded(command, 
     assert isinstance(said, str) and "taken" in said
 
 
-@pytest.mark.parametrize("args", [["evaluate"], evaluation(n="many"), evaluation(colour="red"), ["forget"], []], ids=" ".join)
+NO_OPTIONS = [["evaluate"], evaluation(n="many"), evaluation(colour="red"), ["forget"], []]
+
+@pytest.mark.parametrize("args", NO_OPTIONS, ids=" ".join)
 def test_words_that_are_no_options(args, no_model, capsys):
     with pytest.raises(SystemExit) as e: main(args)
     said = capsys.readouterr().err
@@ -187,17 +193,20 @@ def test_a_chat_model_is_asked_through_its_template_unless_told_otherwise(chatty
     assert "chatty is asked through its chat template with the system message 'Be brief.'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("args", [evaluation(system="Hi."), training("unlearn", system="Hi."),
-                                  ["plan", *words(model="small:full", data="fictional_authors", system="Hi.")]], ids=lambda a: a[0])
+PLAN = ["plan", *words(model="small:full", data="fictional_authors", system="Hi.")]
+
+@pytest.mark.parametrize("args", [evaluation(system="Hi."), training("unlearn", system="Hi."), PLAN], ids=lambda a: a[0])
 def test_a_system_message_needs_a_chat_template(args, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = main(args)
     assert "small:full has no chat template" in said and "--prompt" in said and "\n" not in said
 
 
-@pytest.mark.parametrize("typed, template", [(dict(prompt="Q: {question}\nA:", answer=" {answer}!"), Template("Q: {question}\nA:", " {answer}!")),
-                                             (dict(system="Be brief."), Template(chat=True, system="Be brief.")),
-                                             ({}, Template(chat=True))], ids=["prompt", "system", "default"])
+OWN = dict(prompt="Q: {question}\nA:", answer=" {answer}!")
+WAYS = [(OWN, Template(**OWN)), (dict(system="Be brief."), Template(chat=True, system="Be brief.")),
+        ({}, Template(chat=True))]
+
+@pytest.mark.parametrize("typed, template", WAYS, ids=["prompt", "system", "default"])
 def test_a_trained_model_is_asked_as_it_was_trained(chatty, data, capsys, typed, template):
     small = words(steps=1, batch_size=2, lr=1e-4)
     how = words(data=data, forget="mine", retain="kept", model=chatty, out=data/"lm", **typed)

@@ -1,4 +1,4 @@
-"""Evaluation runs: the same from memory and from disk, killed and resumed, mixed up on purpose, and refused before any work."""
+"""Runs: the same from memory and from disk, killed and resumed, mixed up on purpose, refused before any work."""
 import multiprocessing
 import random
 import shutil
@@ -28,13 +28,18 @@ def ask(model, qas=FOUR[:2], **how):
     return evaluate(model, qas, **dict(n=12, decoding=LIVELY, progress=False, name="m") | how)
 
 
-def facts(d): return d.id, d.texts, d.index.tolist(), [tuple(t) for t in d.tokens], d.logprobs.tolist(), d.finished.tolist(), d.decoding, d.seed
+def facts(d):
+    "All that draws are, as plain values."
+    arrays = [values.tolist() for values in (d.index, d.logprobs, d.finished)]
+    return d.id, d.texts, [tuple(t) for t in d.tokens], arrays, d.decoding, d.seed
+
+
 def same(a, b): return [facts(d) for d in a] == [facts(d) for d in b]       # draw for draw, probabilities included
 
 
 def files(folder, suffix=""):
     "Name → content of a folder's files."
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name.endswith(suffix)}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob(f"*{suffix}"))}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -154,8 +159,9 @@ def test_a_run_of_another_model_is_refused(retain, a_run, no_work):
 BARE = [replace(qa, keywords=()) for qa in FOUR]
 BAD = [(dict(score="bleu"), "bleu"), (dict(qas=BARE), "key words"),
        (dict(retain=[replace(KEPT[0], keywords=())]), "key words"), (dict(alpha=0), "alpha"), (dict(alpha=1), "alpha"),
-       (dict(n=0), "n must be a whole number >= 1, got 0"), (dict(n=1.5), "1.5"), (dict(n_retain=-1, retain=KEPT), "-1"),
-       (dict(seed=-1), "seed must be a whole number >= 0"), (dict(qas=[]), "no questions"),
+       (dict(n=0), "n must be a whole number >= 1, got 0"), (dict(n=1.5), "1.5"),
+       (dict(n_retain=-1, retain=KEPT), "-1"), (dict(seed=-1), "seed must be a whole number >= 0"),
+       (dict(qas=[]), "no questions"),
        (dict(qas=[FOUR[0]] * 2), "duplicate"), (dict(retain=FOUR[:1]), "duplicate"), (dict(leak_at=0), "leak_at"),
        (dict(leak_at=1.1), "leak_at"), (dict(leak_at=float("nan")), "leak_at")]
 
@@ -172,12 +178,14 @@ def test_a_model_without_an_end_costs_no_work(no_work):
 
 
 def test_weights_and_tokenizer_as_two_arguments_are_told_what_to_write(full):
-    with pytest.raises(TypeError, match=r"takes one model to ask.*LocalModel\(lm, tok\)"): evaluate(full.lm, full.tok, FOUR)
+    says = r"takes one model to ask.*LocalModel\(lm, tok\)"
+    with pytest.raises(TypeError, match=says): evaluate(full.lm, full.tok, FOUR)
 
 
 def test_a_broken_score_is_an_error_not_a_clean_answer(full):
     for value in (float("nan"), None, 1.5):
-        with pytest.raises(ValueError, match=r"lie in \[0, 1\]"): ask(full, FOUR[:1], n=2, score=lambda answer, qa: value)
+        def broken(answer, qa): return value
+        with pytest.raises(ValueError, match=r"lie in \[0, 1\]"): ask(full, FOUR[:1], n=2, score=broken)
 
 
 # --- extended ---------------------------------------------------------------------------------------------------------
@@ -193,7 +201,8 @@ def row_steps(lm, work):
 
 def test_an_extended_run_draws_only_what_is_new_and_equals_a_fresh_one(full, tmp_path):
     how = dict(decoding=Decoding(temperature=1.5, max_new_tokens=6), progress=False)
-    def work(n, out, **more): return row_steps(full.lm, lambda: evaluate(full, FOUR[:2], n, out=tmp_path/out, **how, **more))
+    def work(n, out, **more):
+        return row_steps(full.lm, lambda: evaluate(full, FOUR[:2], n, out=tmp_path/out, **how, **more))
     (small, first), (grown, more), (fresh, all_) = work(512, "run"), work(2048, "run"), work(2048, "fresh")
     greedy_alone = row_steps(full.lm, lambda: full.greedy(FOUR[:1], how["decoding"]))[1]
     assert first + more == all_ and more > first                                # blocks of 256: nothing is drawn twice,
@@ -221,7 +230,9 @@ def test_new_questions_are_added_and_old_draws_stay(full, tmp_path):
 
 
 def test_planned_looks_stay_fixed_n_and_share_alpha(full, tmp_path):
-    def looks(*ns, **how): return [(r.alpha, r.looks, r.anytime) for r in (ask(full, FOUR[:1], n=n, alpha=.02, **how) for n in ns)]
+    def looks(*ns, **how):
+        reports = [ask(full, FOUR[:1], n=n, alpha=.02, **how) for n in ns]
+        return [(r.alpha, r.looks, r.anytime) for r in reports]
     assert looks(8, 16, 12, looks=2, out=tmp_path) == [(.01, 2, False), (.01, 2, False), (.01, 2, True)]
     assert looks(8, 12, looks=[8, 12], out=tmp_path/"listed") == [(.01, 2, False)] * 2
 
@@ -250,7 +261,8 @@ class Parrot:
 
     def said(self, qa, start, n): return [qa.answer if i % 8 == 0 else "no idea" for i in range(start, n)]
 
-    def greedy(self, qas, decoding=Decoding()): return [draws_from_texts(qa.id, ["no idea"], prompt=self.asked) for qa in qas]
+    def greedy(self, qas, decoding=Decoding()):
+        return [draws_from_texts(qa.id, ["no idea"], prompt=self.asked) for qa in qas]
 
     def draw(self, qas, n, decoding=Decoding(), seed=0, *, start=0):
         self.calls.append(([qa.id for qa in qas], start, n))
@@ -293,7 +305,7 @@ def test_torchrun_shares_by_rank(full, tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", rank)
         r = ask(full, FOUR, out=tmp_path)
     assert len(r.x) == 4
-    assert ask(full, FOUR[:1]).x.shape == (1, 12)                               # in memory every process draws everything
+    assert ask(full, FOUR[:1]).x.shape == (1, 12)               # in memory every process draws everything
 
 
 @pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), (.5, 0)], ids=str)
@@ -312,12 +324,14 @@ def long_run(folder, questions=4, n=256, shard=(0, 1)):
     return evaluate(model, qas, n=n, decoding=decoding, out=folder, shard=shard, progress=False)
 
 
-def kill_often(start, processes, kills, took, finished):
-    "Kill one of the processes at random moments and start it again; how often one was met alive."
+def kill_often(start, folder, whole, processes, kills, took):
+    "Kill a process when it has begun, and others at random moments, and start them again; how often one was alive."
     rng, killed = random.Random(kills), 0
     children = [start(i) for i in range(processes)]
+    while not folder.exists(): time.sleep(.002)
+    def finished(): return len(list(folder.glob("draws-*"))) == len(whole.forget.qas)
     while killed < kills:
-        time.sleep(rng.uniform(0, took / processes / max(2, kills / 2)))
+        if killed: time.sleep(rng.uniform(0, took / processes / max(2, kills / 2)))
         i = rng.randrange(processes)
         running = children[i].is_alive()
         children[i].kill()
@@ -334,8 +348,7 @@ def killed_run(nursery, folder, whole, kills, took, processes=1, **how):
         child = nursery.Process(target=long_run, args=(folder,), kwargs=dict(shard=(i, processes), **how))
         child.start()
         return child
-    def finished(): return len(list(folder.glob("draws-*"))) == len(whole.forget.qas)
-    killed, children = kill_often(start, processes, kills, took, finished)
+    killed, children = kill_often(start, folder, whole, processes, kills, took)
     there = files(folder, ".parquet")
     for child in children: child.join()
     resumed = long_run(folder, **how)

@@ -1,4 +1,4 @@
-"""A grid that is killed, shared and taken up again is the grid that one machine runs in one go; and its board says what its rows say."""
+"""A grid that is killed, shared and taken up again is the grid of one machine; its board says what its rows say."""
 import json
 import shutil
 import subprocess
@@ -104,8 +104,8 @@ def test_a_grid_that_was_cut_off_runs_only_what_is_missing(model, tmp_path, monk
 def test_other_settings_are_refused_before_any_work(model, tmp_path):
     run(model, tmp_path, CELLS[:1])
     name = CELLS[0].name
-    changed = [dict(n=9), dict(splits=SPLITS | dict(two=SPLITS["other"])), dict(cells=[Cell(name, quick(lr=2e-3), "two")]),
-               dict(cells=[Cell(name, quick(), "two", lora=2)])]
+    changed = [dict(n=9), dict(splits=SPLITS | dict(two=SPLITS["other"])),
+               dict(cells=[Cell(name, quick(lr=2e-3), "two")]), dict(cells=[Cell(name, quick(), "two", lora=2)])]
     for how in changed:
         with pytest.raises(ValueError, match="other settings"): run(model, tmp_path, **dict(cells=CELLS[:1]) | how)
     others = small_model("retain", device="cpu"), model.replace(template=Template("{question}")), model.adaptive(.5)
@@ -129,7 +129,8 @@ def test_a_cell_of_then_is_recognised(model, tmp_path, monkeypatch):
 
 def test_a_file_that_is_no_cell_is_named(model, tmp_path):
     file = tmp_path/CELLS[0].file
-    for text, says in (("{", "is not JSON"), ("[1]", "is no cell of a grid"), ('{"name": "gd"}', "is no cell of a grid")):
+    wrong = {"{": "is not JSON", "[1]": "is no cell of a grid", '{"name": "gd"}': "is no cell of a grid"}
+    for text, says in wrong.items():
         file.write_text(text)
         for work in (lambda: read_grid(tmp_path), lambda: run(model, tmp_path, CELLS[:1])):
             with pytest.raises(ValueError, match=says) as error: work()
