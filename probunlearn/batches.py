@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 # %% ../nbs/8_unlearning/03_batches.ipynb #b15d1a4f
-from probunlearn.data import check_unique, encode
-from probunlearn.head import TokenStats, answer_stats
+from .data import check_unique, encode
+from .head import TokenStats, answer_stats
 
 # %% ../nbs/8_unlearning/03_batches.ipynb #f1f56fc7
 def _stacked(rows, key, width, fill):

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
 # %% ../nbs/8_unlearning/04_checkpoints.ipynb #7722d46f
-from probunlearn.batches import batch_stats, processes
+from .batches import batch_stats, processes
 
 # %% ../nbs/8_unlearning/04_checkpoints.ipynb #25235cbd
 _WHOLE = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)

@@ -76,9 +76,13 @@ def run_cell(
     return report.summary() | times | dict(notes=history.notes)
 
 # %% ../nbs/9_together/04_grid.ipynb #8b011c32
+def _record(qa):
+    "A question as plain values; without the field that cells of earlier versions don't know, where it is empty."
+    return {name: value for name, value in asdict(qa).items() if value or name != "alternatives"}
+
 def _settings(model, splits, options):
     "Everything but the cell that shapes its result."
-    questions = {split: fingerprint([[asdict(qa) for qa in qas] for qas in parts]) for split, parts in splits.items()}
+    questions = {split: fingerprint([[_record(qa) for qa in qas] for qas in parts]) for split, parts in splits.items()}
     options = options | (dict(rule=model.rule) if model.rule else {})
     said = {name: getattr(value, "__name__", str(value)) for name, value in options.items()}
     return dict(model=model.identity["model"], questions=questions, template=asdict(model.template), options=said)

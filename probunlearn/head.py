@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 import warnings
 
 # %% ../nbs/8_unlearning/01_head.ipynb #e44f3323
-from probunlearn.checks import chosen
+from .checks import chosen
 
 # %% ../nbs/8_unlearning/01_head.ipynb #0a268d2d
 def entropy(

@@ -20,16 +20,16 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 # %% ../nbs/8_unlearning/05_loop.ipynb #96e339fa
-from probunlearn.batches import batch_stats, check_packing, encode_all, processes, record_order
-from probunlearn.checks import chosen, is_whole, need
-from probunlearn.checkpoints import Memory, load_checkpoint, memory_needed, read_notes, save_checkpoint
-from probunlearn.checkpoints import set_weights, trainable_weights
-from probunlearn.draws import fingerprint
-from probunlearn.losses import answer_mean
-from probunlearn.models import LocalModel
-from probunlearn.plots import COLOURS
-from probunlearn.sampling import takes_model
-from probunlearn.weights import is_sharded, lm_fingerprint
+from .batches import batch_stats, check_packing, encode_all, processes, record_order
+from .checks import chosen, is_whole, need
+from .checkpoints import Memory, load_checkpoint, memory_needed, read_notes, save_checkpoint
+from .checkpoints import set_weights, trainable_weights
+from .draws import fingerprint
+from .losses import answer_mean
+from .models import LocalModel
+from .plots import COLOURS
+from .sampling import takes_model
+from .weights import is_sharded, lm_fingerprint
 
 # %% ../nbs/8_unlearning/05_loop.ipynb #f91be593
 # how the learning rate may move after the warm-up

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/8_unlearning/02_losses.ipynb #3b64e0f0
-from probunlearn.checks import chosen
-from probunlearn.head import TokenStats, answer_stats, entropy, token_stats
+from .checks import chosen
+from .head import TokenStats, answer_stats, entropy, token_stats
 
 # %% ../nbs/8_unlearning/02_losses.ipynb #4143b179
 def answer_mean(

@@ -12,6 +12,7 @@ from typing import Protocol
 import copy
 import dataclasses
 import json
+import os
 from importlib.metadata import version
 
 # %% ../nbs/5_models/06_models.ipynb #85f5b6a1
@@ -168,7 +169,8 @@ TEMPLATE = "probunlearn_template.json"      # beside the weights: how the model 
 def _saved(model, folder, dtype):
     "Write a model's folder."
     folder = write_weights(model.lm, model.tok, folder, dtype)
-    write_text(folder/TEMPLATE, json.dumps(asdict(model.template), indent=1, ensure_ascii=False))
+    notes = json.dumps(asdict(model.template), indent=1, ensure_ascii=False)
+    if int(os.environ.get("RANK", 0)) == 0: write_text(folder/TEMPLATE, notes)      # others may be there before the folder
     return folder
 
 def _template_beside(source):

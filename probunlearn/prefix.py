@@ -14,7 +14,7 @@ from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 # %% ../nbs/5_models/03_prefix.ipynb #f2303d1c
-from probunlearn.weights import answering
+from .weights import answering
 
 # %% ../nbs/5_models/03_prefix.ipynb #7f093438
 def _padded(tok, texts, device):

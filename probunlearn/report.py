@@ -36,8 +36,7 @@ def _check_ids(asked):
         if ids != expected:
             raise ValueError(f"{name} belong to questions {ids[:3]}…, the questions are {expected[:3]}…")
         for d in found:
-            if not (d.answers if name == "draws" else d.n):
-                raise ValueError(f"{name}: there is no answer to question {d.id!r}")
+            if len(d.unasked) == d.n: raise ValueError(f"{name}: there is no answer to question {d.id!r}")
 
 def _check_one_way(asked):
     "ValueError unless all were asked alike, and the draws were drawn alike."
@@ -241,7 +240,7 @@ class Report:
         self.hidden = self.leaks.any(1) & ~self.greedy_leaks & ~self.greedy_missing     # (Q,) greedy says clean
 
     @property
-    def what_leaks(self): return f"{score_name(self.score)} ≥ {self.leak_at:g}"
+    def what_leaks(self): return f"{score_name(self.score, self.forget.qas)} ≥ {self.leak_at:g}"
     @property
     def decoding(self): return f"{self.forget.way}, model {self.name}"
     @property
@@ -330,7 +329,7 @@ def _as_report(report):
         "name": report.name,
         "lead": lead(report),
         "claims": report.claims,
-        "score": score_name(report.score),
+        "score": score_name(report.score, report.forget.qas),
         "leak_at": report.leak_at,
         "prompt": report.forget.prompt,
         "alpha": report.alpha * report.looks * report.models,

@@ -14,12 +14,12 @@ from accelerate.utils.memory import should_reduce_batch_size
 from tqdm import tqdm
 
 # %% ../nbs/5_models/04_sampling.ipynb #ecc0debe
-from probunlearn.checks import is_whole, whole
-from probunlearn.data import check_unique, encode_prompt
-from probunlearn.draws import Decoding, draws_from_tokens, prompt_words
-from probunlearn.law import draw_streams, pick_tokens, stream_numbers
-from probunlearn.prefix import grow_rows, read_prompts
-from probunlearn.weights import end_ids
+from .checks import is_whole, whole
+from .data import check_unique, encode_prompt
+from .draws import Decoding, draws_from_tokens, prompt_words
+from .law import draw_streams, pick_tokens, stream_numbers
+from .prefix import grow_rows, read_prompts
+from .weights import end_ids
 
 # %% ../nbs/5_models/04_sampling.ipynb #7943c35a
 def takes_model(function):

@@ -203,7 +203,7 @@ def sweep(
     frame = pd.DataFrame(rows)
     greedy = score_draws(model.greedy(forget, decoding), forget, score)
     frame.insert(3, "greedy", leaked(greedy, leak_at).mean())
-    return Sweep(frame, alpha=alpha, what_leaks=f"{score_name(score)} ≥ {leak_at:g}", n=n)
+    return Sweep(frame, alpha=alpha, what_leaks=f"{score_name(score, forget)} ≥ {leak_at:g}", n=n)
 
 # %% ../nbs/5_models/05_temperature.ipynb #ce7d0218
 _PLACES = [(side, up) for up in (6, -6, 15, -15) for side in (1, -1)]       # of a name beside its point, in points

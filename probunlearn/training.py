@@ -17,18 +17,18 @@ import torch
 from accelerate.utils import set_seed
 
 # %% ../nbs/8_unlearning/06_training.ipynb #24d8d8d3
-from probunlearn.batches import batch_stats, encode_all, processes, record_order
-from probunlearn.bounds import leaked
-from probunlearn.checks import chosen, need
-from probunlearn.data import encode_prompt
-from probunlearn.draws import Decoding
-from probunlearn.loop import History, TrainConfig, check_start, finetune, train_loop
-from probunlearn.losses import answer_mean, answer_sum, ce_u, control_vector, dpo, grad_ascent, i_dont_know, idk
-from probunlearn.losses import kl_retain, mean_entropy, npo, rmu, satimp, simnpo, undial, wga
-from probunlearn.questions import pooled_rate
-from probunlearn.sampling import takes_model
-from probunlearn.scores import score_draws
-from probunlearn.weights import answering, is_sharded
+from .batches import batch_stats, encode_all, processes, record_order
+from .bounds import leaked
+from .checks import chosen, need
+from .data import encode_prompt
+from .draws import Decoding
+from .loop import History, TrainConfig, check_start, finetune, train_loop
+from .losses import answer_mean, answer_sum, ce_u, control_vector, dpo, grad_ascent, i_dont_know, idk
+from .losses import kl_retain, mean_entropy, npo, rmu, satimp, simnpo, undial, wga
+from .questions import pooled_rate
+from .sampling import takes_model
+from .scores import score_draws
+from .weights import answering, is_sharded
 
 # %% ../nbs/8_unlearning/06_training.ipynb #a4f75405
 @dataclass(frozen=True)

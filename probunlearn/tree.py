@@ -13,11 +13,11 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 # %% ../nbs/6_exact/01_tree.ipynb #f909ff25
-from probunlearn.draws import Decoding
-from probunlearn.law import ONE, stream_numbers, token_law
-from probunlearn.prefix import CopiedRows, SharedRows, read_texts, shares_prefix
-from probunlearn.sampling import Growth, encode_prompts, takes_model
-from probunlearn.weights import end_ids
+from .draws import Decoding
+from .law import ONE, stream_numbers, token_law
+from .prefix import CopiedRows, SharedRows, read_texts, shares_prefix
+from .sampling import Growth, encode_prompts, takes_model
+from .weights import end_ids
 
 # %% ../nbs/6_exact/01_tree.ipynb #2c4c7f6d
 def takes_weights(function):
