@@ -120,7 +120,7 @@ def test_real_files_through_a_model():
     "TOFU's own files make nine numbers, one call per split; the losses are transformers' own."
     import torch
     from probunlearn.data import encode, load_qa
-    from probunlearn.recall import tofu_split
+    from probunlearn.known import tofu_split
     from probunlearn.models import small_lm
     lm, tok = small_lm("full", device="cpu")
     questions = {name: load_qa(Path(DATA, "tofu", f"{name}_perturbed.json"))[:4] for name in ("retain", "real_authors", "world_facts")}
