@@ -193,9 +193,10 @@ def test_a_chat_model_is_asked_through_its_template_unless_told_otherwise(chatty
     assert "chatty is asked through its chat template with the system message 'Be brief.'" in capsys.readouterr().out
 
 
-PLAN = ["plan", *words(model="small:full", data="fictional_authors", system="Hi.")]
+PLANNING = ["plan", *words(model="small:full", data="fictional_authors", system="Hi.")]
 
-@pytest.mark.parametrize("args", [evaluation(system="Hi."), training("unlearn", system="Hi."), PLAN], ids=lambda a: a[0])
+@pytest.mark.parametrize("args", [evaluation(system="Hi."), training("unlearn", system="Hi."), PLANNING],
+                         ids=lambda args: args[0])
 def test_a_system_message_needs_a_chat_template(args, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = main(args)

@@ -433,7 +433,7 @@ def test_dropout_is_off_while_drawing():
     "Random-init GPT-2 in training mode (dropout .1): the same draws, log-probabilities, greedy answers and enumeration as in evaluation mode, and the mode is given back."
     from transformers import AutoConfig, AutoModelForCausalLM
     from probunlearn.exact import answer_logprob, enumerate_answers
-    from probunlearn.recall import answer_losses
+    from probunlearn.known import answer_losses
     from probunlearn.models import small_lm
     _, tok = small_lm("full", device="cpu")
     torch.manual_seed(0)
