@@ -170,7 +170,7 @@ def spread_ceiling(
     small = np.pad(low, ((0, 0), (1, 0)))                                           # (Q, n + 1)
     large = np.pad(high, ((0, 0), (0, 1)), constant_values=1)                       # (Q, n + 1)
     top = np.append(floor[1:], 1)                                                   # (n + 1,)
-    t = _switch_level(small, large, ceiling, top, k)[:, None]
+    t = _switch_level(small, large, ceiling, top=top, k=k)[:, None]
     left = np.minimum(t, ceiling) - np.minimum(t, np.append(0, ceiling[:-1]))       # (Q, n + 1) mass at small scores
     right = np.maximum(t, top) - np.maximum(t, np.append(0, top[:-1]))              # (Q, n + 1) mass at large scores
     mean = (left * small).sum(1) + (right * large).sum(1)
@@ -196,6 +196,6 @@ def variance_floor(
 ) -> np.ndarray:            # (Q,)
     "Smallest variance that fits between floor and ceiling (sharp spread bounds: Stoye 2010)."
     left, right = np.diff(floor), np.diff(ceiling)                              # (n,) mass that must stay left, right
-    centre, count, forced = _centre(ordered, left, right, floor, ceiling)
+    centre, count, forced = _centre(ordered, left, right, floor=floor, ceiling=ceiling)
     side = np.where(np.arange(ordered.shape[1]) < count, left, right)
     return np.where(forced > 0, side * (ordered - centre)**2, 0).sum(1)

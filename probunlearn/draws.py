@@ -29,7 +29,8 @@ class Decoding:
     rule: str = ""              # the rule that moves the temperature while an answer grows, if any
 
     def __post_init__(self):
-        self._take("temperature", float, "a finite number >= 0", lambda t: isinstance(t, Real) and 0 <= t < float("inf"))
+        def finite(t): return isinstance(t, Real) and 0 <= t < float("inf")
+        self._take("temperature", float, "a finite number >= 0", finite)
         self._take("top_p", float, "in (0, 1]", lambda p: isinstance(p, Real) and 0 < p <= 1)
         self._take("top_k", int, "a whole number >= 0 (0 keeps all tokens)", lambda k: is_whole(k, 0))
         self._take("max_new_tokens", int, "a whole number >= 1", lambda m: is_whole(m, 1))
@@ -52,7 +53,8 @@ def prompt_words(
 ) -> str:           # "asked as '…'" or "asked through its chat template"
     "How a question is put, as a claim says it."
     if not template.chat: return f"asked as {template.prompt!r}"
-    return "asked through its chat template" + (f" with the system message {template.system!r}" if template.system else "")
+    system = f" with the system message {template.system!r}" if template.system else ""
+    return f"asked through its chat template{system}"
 
 # %% ../nbs/1_records/04_draws.ipynb #cf3c1466
 @dataclass
@@ -158,7 +160,8 @@ def _check_alike(first, more):
         if a != b: raise ValueError(f"only draws of one run can be joined; their {name} is {a!r} and {b!r}")
     if not first.answers or not more.answers: return
     lacking = [name for name in _BY_ANSWER if (getattr(first, name) is None) != (getattr(more, name) is None)]
-    if lacking: raise ValueError(f"only draws of one kind can be joined: {', '.join(lacking)} is known for one part only")
+    if lacking:
+        raise ValueError(f"only draws of one kind can be joined: {', '.join(lacking)} is known for one part only")
 
 def _keys(draws): return list(zip(draws.answers, map(tuple, draws.tokens or [()] * len(draws.answers))))
 

@@ -324,7 +324,7 @@ def _once(client, endpoint, path, body):
     except _UNSENT as e: raise _NotTaken(f"no connection: {_clean(endpoint, str(e))}", down=True) from None
     except httpx.TimeoutException: raise _Lost(f"no answer within {endpoint.timeout:g} s") from None
     except httpx.RequestError as e: raise _Lost(f"the connection broke: {_clean(endpoint, str(e))}") from None
-    if not reply.is_success: raise _failure(client, endpoint, path, body, reply)
+    if not reply.is_success: raise _failure(client, endpoint, path, body, reply=reply)
     return _json(reply)
 
 def _reply(client, endpoint, path, body, gate):
@@ -459,7 +459,7 @@ class _Call:
         path, asked = _fields(piece.qa.question, self.endpoint.template)
         seed = _seed(self.stream, piece.qa.id, piece.first, piece.count)
         body = _body(self.endpoint, asked, self.decoding, seed=seed, n=piece.count)
-        choices = _choices(self.endpoint, _reply(self.client, self.endpoint, path, body, self.gate))
+        choices = _choices(self.endpoint, _reply(self.client, self.endpoint, path, body, gate=self.gate))
         self.reasons_apart |= any(map(_reasons_apart, choices))
         answers = [_answer(choice, self.plain) for choice in _placed(choices, piece.count)]
         return [_clean(self.endpoint, answer) if isinstance(answer, str) else answer for answer in answers]

@@ -34,8 +34,9 @@ def _check_versions(run, made):
     for name, now in made.items():
         there = run.made.get(name)
         if there != now:
-            raise ValueError(f"{run.folder} was drawn with {name} {there}, here it is {now}, and draws would no longer be "
-                             f"the same: go on with {name} {there} or choose another folder. What is there can still be reported on")
+            raise ValueError(f"{run.folder} was drawn with {name} {there}, here it is {now}, and draws would no longer "
+                             f"be the same: go on with {name} {there} or choose another folder. "
+                             "What is there can still be reported on")
 
 # %% ../nbs/9_together/02_evaluation.ipynb #88e77bc2
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class RunCost:
         if hours >= 1: took = f"{hours:.1f} hours"
         else: took = f"{minutes:.0f} minutes" if minutes >= 2 else f"{self.seconds:.0f} seconds"
         disk, memory = (rounded(size, digits=2) for size in (self.disk, self.memory))
-        return f"about {took} here for one process, at most {disk} MB on disk, at most {memory} MB in memory for its draws"
+        return (f"about {took} here for one process, at most {disk} MB on disk, "
+                f"at most {memory} MB in memory for its draws")
 
     __repr__ = __str__
 
@@ -126,24 +128,26 @@ def _fill(run, model, group, n, decoding, seed, *, shard, bar, leaks):
     mine = {qa.id for qa in run.questions[group][shard[0]::shard[1]]}
     todo = [qa for qa in run.lacking(n, group) if qa.id in mine]
     if todo: _check_versions(run, getattr(model, "made", {}))
-    worst, fresh = 0, getattr(model, "block", 1) > 1        # part of a block is replaced, since the whole block is drawn anew
+    fresh = getattr(model, "block", 1) > 1          # part of a block is replaced: the whole block is drawn anew
     for qas, a, b in _batches(run, todo, n, model):
-        for qa, part, start in _arriving(model, qas, b, decoding, seed, a):
+        for qa, part, start in _arriving(model, qas, b, decoding, seed=seed, start=a):
             run.add(qa, part, start, fresh=fresh)
             if run.count(qa) < n: continue
             bar.update()
-            if leaks: bar.set_postfix_str(f"worst so far P(leak) ≤ {rounded(worst := max(worst, leaks(run.draws(qa), qa)), digits=2)}")
+            if leaks: bar.set_postfix_str(leaks(run.draws(qa), qa))
         _greedy(run, model, qas, decoding)
     _greedy(run, model, todo, decoding)
 
 # %% ../nbs/9_together/02_evaluation.ipynb #90443120
 def _live(score, leak_at, alpha):
-    "A function (draws, QA) → upper bound on the question's leak probability, to be watched."
-    def upper(draws, qa):
+    "A function (draws, QA) → the worst upper bound on a question's leak probability so far, in words."
+    worst = [0.]
+    def watch(draws, qa):
         found = leaked(score_answers(draws.answers, qa, score), leak_at)
         leaks = int(draws.counts[found].sum() + (draws.index < 0).sum())
-        return float(binary_bound(leaks, draws.n, alpha))
-    return upper
+        worst.append(float(binary_bound(leaks, draws.n, alpha)))
+        return f"worst so far P(leak) ≤ {rounded(max(worst), digits=2)}"
+    return watch
 
 def _share(shard, out):
     "(i, N) with 0 <= i < N; ValueError otherwise, or when parts have no folder to meet in."
@@ -172,7 +176,8 @@ def _unfinished(run, groups, shard):
     if not lacking: return False
     count = sum(len(run.questions[group]) for group in groups)
     if shard[1] == 1:
-        kept = "what came is kept, and the same call asks for these only" if run.folder else "pass out= to keep what comes"
+        kept = "pass out= to keep what comes"
+        if run.folder: kept = "what came is kept, and the same call asks for these only"
         raise ConnectionError(f"{len(lacking)} of {count} questions lack draws that were never asked for, "
                               f"the first is {lacking[0].id!r}: {kept}")
     print(f"This share is drawn; {len(lacking)} of {count} questions are still left to others. "
@@ -182,7 +187,7 @@ def _unfinished(run, groups, shard):
 # %% ../nbs/9_together/02_evaluation.ipynb #75b6629b
 @takes_model
 def evaluate(
-    model,                              # whoever answers: `LocalModel`, `Endpoint`, or an object with the names of `Model`
+    model,                              # whoever answers: `LocalModel`, `Endpoint`, or an object of your own
     qas: list,                          # what must not be known
     n: int = 1024,                      # draws per question
     *,
@@ -191,15 +196,15 @@ def evaluate(
     alpha: float = 0.01,                # chance that one claim is wrong
     decoding: Decoding = Decoding(),
     seed: int = 0,
-    out=None,                           # run folder, resumed and extended when it is there; None keeps the draws in memory
+    out=None,                           # run folder, resumed and extended when it is there; None: in memory
     retain: list = (),                  # what must still be known
     n_retain: int = 128,                # draws per retain question
     name: str = None,                   # the model's name in tables; default: its own
-    looks=None,                         # n's that will be reported on, planned before the first: [512, 2048]; or how many; or "anytime"
-    shard: tuple = None,                # (i, N): draw the i-th of N parts; None: (RANK, WORLD_SIZE) under torchrun, else everything
+    looks=None,                         # n's that will be reported on, planned before: [512, 2048]; how many; or "anytime"
+    shard: tuple = None,                # (i, N): draw the i-th of N parts; None: torchrun's, else everything
     progress: bool = True,
-) -> Report:                            # None while others still draw; ValueError before any work on bad settings, empty data or another run in `out`, TypeError without a model
-    "Draw answers, score them, bound what leaks."
+) -> Report:                            # None while others still draw
+    "Draw answers, score them, bound what leaks; ValueError before any work on bad settings or another run in `out`."
     qas, retain, shard = list(qas), list(retain), _share(shard, out)
     n, n_retain, seed = whole("n", n), whole("n_retain", n_retain), whole("seed", seed, 0)
     _check(model, qas, retain, score=score, leak_at=leak_at, alpha=alpha, decoding=decoding)
@@ -211,7 +216,7 @@ def evaluate(
         leaks = _live(score, leak_at, alpha / len(run.questions["forget"])) if watched else None
         with tqdm(total=len(run.lacking(m, group)), desc=f"{m:,} draws per question", delay=3, mininterval=1,
                   disable=not progress, unit="question") as bar:
-            _fill(run, model, group, m, decoding, seed, shard=shard, bar=bar, leaks=leaks)
+            _fill(run, model, group, m, decoding=decoding, seed=seed, shard=shard, bar=bar, leaks=leaks)
     if _unfinished(run, groups, shard): return None
     clear_leftovers(run)
     return report_run(run, n=n, score=score, leak_at=leak_at, alpha=alpha, name=name or model.name, n_retain=n_retain,

@@ -139,7 +139,7 @@ def run_grid(
     waiting = _waiting(folder, cells[i::parts], settings)
     for cell in tqdm(waiting, "cells", delay=3, mininterval=1, disable=not progress, unit="cell"):
         row = run_cell(model, cell, splits[cell.split], **options)
-        _write_cell(folder/cell.file, cell, row, _of_cell(settings, cell), model.made)
+        _write_cell(folder/cell.file, cell, row, settings=_of_cell(settings, cell), made=model.made)
     return read_grid(folder)
 
 # %% ../nbs/9_together/04_grid.ipynb #89c1f1d4

@@ -56,11 +56,12 @@ class Calibration:
 
     def sensitivity(self, alpha=0.01, side="two-sided"):
         "Bound on the share of harmful answers that the judge catches; a failure counts for neither end."
-        return _rate(self.caught, self.lost_harmful, self.harmful, alpha, side, "the judge's sensitivity")
+        return _rate(self.caught, self.lost_harmful, self.harmful, alpha, side=side, quantity="the judge's sensitivity")
 
     def false_alarms(self, alpha=0.01, side="two-sided"):
         "Bound on the share of harmless answers that the judge calls harmful (one minus its specificity)."
-        return _rate(self.alarms, self.lost_harmless, self.harmless, alpha, side, "the judge's rate of false alarms")
+        return _rate(self.alarms, self.lost_harmless, self.harmless, alpha, side=side,
+                     quantity="the judge's rate of false alarms")
 
     def __str__(self):
         lost = self.lost_harmful + self.lost_harmless
@@ -141,8 +142,9 @@ def judged_bound(
     flagged, n = check_counts(flagged, n)
     lost, _ = check_counts(lost, n)
     check_counts(flagged + lost, n)
-    value = on_side(side, alpha, lambda a: _ceiling(flagged + lost, n, judge, a, share, over),
-                    lambda a: _floor(flagged, n, judge, a, share, over))
+    split = dict(share=share, over=over)
+    value = on_side(side, alpha, lambda a: _ceiling(flagged + lost, n, judge, a, **split),
+                    lambda a: _floor(flagged, n, judge, a, **split))
     what = "the average rate of harm" if over == "average" else "the rate of harm"
     how, scope = _conditions(judge, over, flagged.size)
     return Bound(np.asarray(value)[()], alpha, side, how, n=draws_each(n), quantity=what, scope=scope)
@@ -184,6 +186,6 @@ def prediction_powered(
     there = np.nan_to_num(as_scores(said_there, "worst")[0], nan=not up)
     if y.shape != there.shape:
         raise ValueError(f"truth and said_there must hold one value per labelled draw, got {len(y)} and {len(there)}")
-    value = (_by_bets if method == "betting" else _by_counts)(f, y, there, alpha, share, side)
+    value = (_by_bets if method == "betting" else _by_counts)(f, y, there, alpha, share=share, side=side)
     return Bound(float(np.clip(value, 0, 1)), alpha, side, f"prediction-powered {method}, {len(y):,} labels", n=len(f),
                  quantity="the true mean", scope="over the answers of which the labelled ones are a random sample")

@@ -297,7 +297,7 @@ def dataset_claims(
     counts, n = leaks.sum(1), leaks.shape[1]
     a = alpha / (4 + random_sample) if together else alpha
     claims = {"worst question": worst_question(counts, n, a, anytime=anytime),
-              "certified questions": _certified_count(counts, n, tau, a, anytime),
+              "certified questions": _certified_count(counts, n, tau, a, anytime=anytime),
               "average leak": _average_leak(leaks, a, anytime),
               "average score": pooled_mean(table, a, missing=missing, anytime=anytime)}
     if random_sample: claims["population"] = population_mean(table, a, missing=missing)

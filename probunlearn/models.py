@@ -96,11 +96,12 @@ class LocalModel:
         memory: float = None,   # MB for keys and values; default: 32 for single blocks, else what there is
     ) -> list:                  # `Draws`; ValueError on n < 1, no questions, duplicate ids or a full context
         "`n` independent answers to each question, with exact log-probabilities."
-        return draw_answers(self, qas, n, decoding, seed, start=start, merge=merge, memory=memory, progress=progress)
+        how = dict(seed=seed, start=start, merge=merge, memory=memory, progress=progress)
+        return draw_answers(self, qas, n, decoding, **how)
 
     def arriving(self, qas, n, decoding=Decoding(), seed=0, *, start=0):
         "The same draws in parts, each when it is made: (question, `Draws`, number of the first)."
-        return _arriving(self, qas, n, decoding, seed, start)
+        return _arriving(self, qas, n, decoding, seed=seed, start=start)
 
     def check(self, qas, decoding):
         "ValueError for questions that can't be asked: duplicate ids, or a prompt that leaves no room for the answer."
@@ -170,7 +171,8 @@ def _saved(model, folder, dtype):
     "Write a model's folder."
     folder = write_weights(model.lm, model.tok, folder, dtype)
     notes = json.dumps(asdict(model.template), indent=1, ensure_ascii=False)
-    if int(os.environ.get("RANK", 0)) == 0: write_text(folder/TEMPLATE, notes)      # others may be there before the folder
+    first = int(os.environ.get("RANK", 0)) == 0         # the others may come before the folder is there
+    if first: write_text(folder/TEMPLATE, notes)
     return folder
 
 def _template_beside(source):
@@ -214,7 +216,7 @@ def add_lora(
     seed: int = 0,              # of the adapters' first values
 ) -> LocalModel:                # ValueError on targets that the model doesn't have
     "The model with LoRA adapters, so that training leaves its own weights alone (Hu et al. 2022)."
-    return model.replace(lm=adapted(model.lm, rank, alpha, targets, seed))
+    return model.replace(lm=adapted(model.lm, rank=rank, alpha=alpha, targets=targets, seed=seed))
 
 # %% ../nbs/5_models/06_models.ipynb #170e76a2
 def shard(

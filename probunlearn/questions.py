@@ -170,7 +170,7 @@ def phrasings_bound(
     if x.ndim not in (2, 3):
         raise ValueError(f"x must have the axes (phrasing, draw) or (question, phrasing, draw), got shape {x.shape}")
     table = as_scores(x.reshape(-1, x.shape[-1]), missing).reshape(-1, *x.shape[-2:])                   # (Q, J, n)
-    def at(a, end, worst): return _over_phrasings(np.nan_to_num(table, nan=worst), phrasings, a, end, pooled)
+    def at(a, end, worst): return _over_phrasings(np.nan_to_num(table, nan=worst), phrasings, a, end, pooled=pooled)
     value = on_side(side, alpha, lambda a: at(a, "upper", 1), lambda a: at(a, "lower", 0))
     method, count = ("betting on phrasings", 1) if phrasings == "sampled" else ("betting in strata", 2)
     return Bound(value if pooled or x.ndim == 3 else value[0], alpha, side, method, n=table.shape[count],

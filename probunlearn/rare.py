@@ -60,7 +60,7 @@ def draw_rest(
     sequences, logprobs = [], []
     for start in range(0, n, block):
         stop = min(start + block, n)
-        streams = draw_streams(seed, f"{head.id}/rest", start, stop, head.tree.model.lm.device)
+        streams = draw_streams(seed, f"{head.id}/rest", start, stop, device=head.tree.model.lm.device)
         found = grow_from(head.tree, _exits_taken(head, streams), streams, without=head.edges)
         sequences.extend(found[0])
         logprobs.extend(found[1])
@@ -204,7 +204,7 @@ def _from_beginnings(head, texts, n, seed):
     "As `_from_model`: each draw begins with one of some texts, chosen evenly, and goes on under the decoding."
     tree = head.tree
     starts = np.array([_walk(head, text) for text in texts])
-    streams = draw_streams(seed, f"{head.id}/proposal", 0, n, tree.model.lm.device)
+    streams = draw_streams(seed, f"{head.id}/proposal", 0, n, device=tree.model.lm.device)
     which = (stream_numbers(streams, head.decoding.max_new_tokens) % len(starts)).cpu().numpy()     # (n,)
     node, block, drawn = starts[which], _block(tree), []
     for a in range(0, n, block): drawn.extend(grow_from(tree, node[a:a + block], streams[a:a + block])[0])
@@ -224,7 +224,7 @@ def _mixed(head, proposal, n, beta, seed):
 
 def _weigh(head, proposal, n, beta, seed):
     "Sequences (n,) from the mixture of a proposal and the rest, and their weights (n,); enumerated ones weigh 0."
-    sequences, rest, logq = _mixed(head, proposal, n, beta, seed)
+    sequences, rest, logq = _mixed(head, proposal, n, beta, seed=seed)
     logp = dict(zip(rest.tokens, rest.logprobs + np.log(head.open)))                # as recorded when drawn
     enumerated = set(head.tokens)
     new = list({s for s in sequences if s not in logp and s not in enumerated})
@@ -269,7 +269,7 @@ def rare_leak(
     if not is_whole(n, 64): raise ValueError(f"n must be a whole number >= 64, got {n!r}")
     if not 0 < beta < 1: raise ValueError(f"beta must lie strictly between 0 and 1, got {beta}")
     _check_cap(head, beta, side)
-    sequences, weights = _weigh(head, proposal, n, beta, seed)
+    sequences, weights = _weigh(head, proposal, n, beta, seed=seed)
     scores = score_answers(_decoded(head.tree.model, sequences), qa, score)
     x = weights * (scores if leak_at is None else scores >= leak_at)                # (n,)
     known = float(head.p @ head.values(score_answers(head.answers, qa, score), leak_at))

@@ -148,7 +148,7 @@ def memory_table(
         exact_memorisation=exact_memorisation(tokens.correct, said),
         extraction_strength=extraction_strength(tokens.correct, said),
         loss=-mean_loss(tokens.nll, tokens.answer),
-        min_k=min_k(-tokens.nll, said, k),
-        min_k_plus=min_k_plus(-tokens.nll, tokens.mean, tokens.std, said, k),
+        min_k=min_k(-tokens.nll, said, k=k),
+        min_k_plus=min_k_plus(-tokens.nll, tokens.mean, tokens.std, said, k=k),
         zlib=zlib_score(tokens.nll, tokens.answer, [qa.answer for qa in qas]))
     return pd.DataFrame(columns, index=[qa.id for qa in qas])

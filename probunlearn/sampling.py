@@ -98,7 +98,7 @@ class Growth:
         on = ~torch.isin(token, self.ends) & (self.room[draw] > t + 1)
         if not on.any(): return []
         draw, row, token = draw[on], row[on], token[on]
-        pieces = _branch(row, token, state, self.limit, vocabulary)
+        pieces = _branch(row, token, state, limit=self.limit, vocabulary=vocabulary)
         return [(rows, origin, token, state, draw[at], row, t + 1) for origin, token, state, at, row in pieces]
 
     def pick(self, rows, logits, state, draw, row, t):
@@ -107,7 +107,7 @@ class Growth:
         if self.rule: temperature, state = self.rule(logits, state, temperature)        # (R,)
         number = stream_numbers(self.streams[draw], t)
         token, logprob = pick_tokens(logits, row, number, temperature, top_k=how.top_k, top_p=how.top_p)
-        return self.take(rows, token, logprob, draw, row, state, t, logits.shape[-1])
+        return self.take(rows, token, logprob, draw, row=row, state=state, t=t, vocabulary=logits.shape[-1])
 
     def run(self, rows, pieces):
         "Token ids (m, T) and log-probabilities (m,), when all pieces have grown to their end."
@@ -117,7 +117,7 @@ class Growth:
                 shared = pieces and pieces[-1][0] is rows           # others still need these rows as they are
                 if shared: rows = rows.fork(origin, self.limit)
                 else: rows.arrange(origin)
-                pieces += self.pick(rows, rows.step(token), state, draw, row, t)
+                pieces += self.pick(rows, rows.step(token), state, draw, row=row, t=t)
         return self.tokens, self.logprobs
 
 # %% ../nbs/5_models/04_sampling.ipynb #2268b505
@@ -131,7 +131,7 @@ def _grow(model, prompts, question, streams, decoding, memory, least):
     growth = Growth(model, streams, decoding, limit=limit)
     state = model.rule.start(len(prompts), lm.device) if model.rule else None
     draws = torch.arange(len(streams), device=lm.device)
-    return growth.run(rows, growth.pick(rows, read[0], state, draws, question, 0))
+    return growth.run(rows, growth.pick(rows, read[0], state, draws, row=question, t=0))
 
 # %% ../nbs/5_models/04_sampling.ipynb #41abbd9d
 def encode_prompts(
@@ -177,7 +177,7 @@ def _check_draws(n, start, merge, memory):
 def _streams(batch, qas, seed, device):
     "Random streams (m,) of a batch of blocks (question, first draw, behind the last), its questions, whose each is."
     asked = sorted({q for q, *_ in batch})
-    streams = torch.cat([draw_streams(seed, qas[q].id, a, b, device) for q, a, b in batch])
+    streams = torch.cat([draw_streams(seed, qas[q].id, a, b, device=device) for q, a, b in batch])
     question = torch.cat([torch.full((b - a,), asked.index(q), device=device) for q, a, b in batch])
     return streams, asked, question
 
@@ -220,7 +220,7 @@ def draw_answers(
         for k, q in enumerate(asked):
             drawn[q][0].extend(_sequences(tokens[question == k]))
             drawn[q][1].extend(logprobs[question == k].tolist())
-    return [_answer(model, qa, found, decoding, seed) for qa, found in zip(qas, drawn)]
+    return [_answer(model, qa, found, decoding, seed=seed) for qa, found in zip(qas, drawn)]
 
 # %% ../nbs/5_models/04_sampling.ipynb #275b1801
 def greedy_answers(

@@ -76,7 +76,7 @@ class RateSequence:
         decoding: str = "",         # the decoding it holds for
         missing: str = "error",     # "worst": NaN counts as a leak in the upper end and as none in the lower one
     ):
-        _begin(self, alpha, side, decoding, missing)
+        _begin(self, alpha, side, decoding, missing=missing)
         self.leaks = self.lost = self.n = 0
 
     def add(
@@ -137,7 +137,7 @@ class MeanSequence:
         decoding: str = "",         # the decoding it holds for
         missing: str = "error",     # "worst": NaN counts as 1 in the upper end and as 0 in the lower one
     ):
-        _begin(self, alpha, side, decoding, missing)
+        _begin(self, alpha, side, decoding, missing=missing)
         self.x = None
 
     @property

@@ -199,7 +199,7 @@ def sweep(
                          f"got {len(rules)} and {len(temperatures)}")
     how = dict(n=n, n_retain=n_retain, score=score, leak_at=leak_at, alpha=alpha / len(settings))
     bar = tqdm(settings, "sweeping", delay=3, mininterval=1, disable=not progress, unit="setting")
-    rows = [_setting(model.replace(rule=rule), forget, retain, drawn, seed, **how) for rule, drawn in bar]
+    rows = [_setting(model.replace(rule=rule), forget, retain, drawn, seed=seed, **how) for rule, drawn in bar]
     frame = pd.DataFrame(rows)
     greedy = score_draws(model.greedy(forget, decoding), forget, score)
     frame.insert(3, "greedy", leaked(greedy, leak_at).mean())

@@ -250,7 +250,7 @@ def tree_browser(
     def show(start, words):
         at = [i for i, answer in enumerate(draws.answers) if inside(answer, start)]
         answers = top_answers(_part(draws, at), qa, score=score, leak_at=least)
-        return _tree(draws, x, start, at, words), f"<p>{branch_claim(draws, x, start)}</p>{answers}"
+        return _tree(draws, x, start, at, words=words), f"<p>{branch_claim(draws, x, start)}</p>{answers}"
     return Explorer("tree-browser", controls, show)
 
 # %% ../nbs/4_reports/07_widgets.ipynb #d0e09374
@@ -302,7 +302,7 @@ def training_board(
 ) -> Explorer:              # `.rows` holds the looks, `.thread` the run, `.error` what ended it
     "Live curves while `train(look)` runs in the background, and a button that stops it."
     rows, failed, stop, button = [], [], Event(), W.Button(description="stop")
-    def show(): return training_figure(rows), escape(_board_words(rows, alpha, looks, stop.is_set(), failed))
+    def show(): return training_figure(rows), escape(_board_words(rows, alpha, looks, stop.is_set(), failed=failed))
     box = Explorer("training-board", {}, show, button=button)
     def look(row):
         rows.append(row)

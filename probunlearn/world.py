@@ -119,7 +119,7 @@ def make_authors(
     authors = whole("authors", authors)
     rng, used = random.Random(seed), set()
     names = [f"{_word(rng, used)} {_word(rng, used)}" for _ in range(authors)]
-    return [_question(rng, used, name, i, kind) for i, name in enumerate(names) for kind in _KINDS]
+    return [_question(rng, used, name, i, kind=kind) for i, name in enumerate(names) for kind in _KINDS]
 
 # %% ../nbs/1_records/02_world.ipynb #972e1b4f
 def _write_rows(path, qas, **columns):
@@ -185,10 +185,10 @@ def make_library(
     vaults = whole("vaults", vaults)
     rng, used = random.Random(seed), set()
     names = [(_word(rng, used), _word(rng, used)) for _ in range(vaults)]
-    forbidden = [_asked(rng, used, "place", i, vault) for i, (vault, _) in enumerate(names)]
+    forbidden = [_asked(rng, used, "place", i, name=vault) for i, (vault, _) in enumerate(names)]
     ordinary = []
     for i, (vault, book) in enumerate(names):
-        ordinary += [_asked(rng, used, "mason", i, vault), _asked(rng, used, "book", i, book)]
+        ordinary += [_asked(rng, used, "mason", i, name=vault), _asked(rng, used, "book", i, name=book)]
     return forbidden, ordinary
 
 # %% ../nbs/1_records/02_world.ipynb #bd1529ec

@@ -169,20 +169,12 @@ def test_real_files_through_a_model():
     "TOFU's own files make nine numbers, one call per split; the losses are transformers' own."
     import torch
     from probunlearn.data import encode, load_qa
-<<<<<<< HEAD
     from probunlearn.models import small_model
     from probunlearn.recall import tofu_split
     model = small_model("full", device="cpu")
     names = "retain", "real_authors", "world_facts"
     questions = {name: load_qa(Path(DATA, "tofu", f"{name}_perturbed.json"))[:4] for name in names}
     splits = {name: tofu_split(model, qas, max_new_tokens=8) for name, qas in questions.items()}
-=======
-    from probunlearn.known import tofu_split
-    from probunlearn.models import small_lm
-    lm, tok = small_lm("full", device="cpu")
-    questions = {name: load_qa(Path(DATA, "tofu", f"{name}_perturbed.json"))[:4] for name in ("retain", "real_authors", "world_facts")}
-    splits = {name: tofu_split(lm, tok, qas, max_new_tokens=8) for name, qas in questions.items()}
->>>>>>> together
     assert [s.options for s in splits.values()] == [False, True, True]
     assert [s.perturbed.shape for s in splits.values()] == [(4, 5), (4, 3), (4, 3)]
     assert len([v for row in model_utility(splits).terms.values() for v in row.values()]) == 9
