@@ -49,7 +49,8 @@ def _is_path(source):
     "Whether a source can only mean something on the disk: it begins or ends like a path, or its folder is here."
     text = str(source)
     if isinstance(source, Path) or Path(text).is_absolute() or text.startswith((".", "~")): return True
-    return text.count("/") > 1 or Path(text.partition("/")[0]).is_dir() or text.endswith((".gguf", ".safetensors", ".bin"))
+    folder, slash, _ = text.partition("/")
+    return text.count("/") > 1 or bool(slash and Path(folder).is_dir()) or text.endswith(".gguf")
 
 def _check_source(source, subfolder=""):
     "FileNotFoundError for a path that leads nowhere, ValueError for a file that is no whole model."
@@ -58,9 +59,9 @@ def _check_source(source, subfolder=""):
         raise ValueError(f"{source} is a file, and a part of a model: pass the folder that holds it")
     if path.exists(): path = path/subfolder
     if path.exists(): return
-    if _is_path(source): raise FileNotFoundError(f"no such folder: {path} (a hub id begins with no folder that is here)")
+    if _is_path(source): raise FileNotFoundError(f"no such folder: {path} (and no hub is asked for a path)")
 
-# %% ../nbs/5_models/01_weights.ipynb #220f7b32
+# %% ../nbs/5_models/01_weights.ipynb #a9bfa83c
 def _line(error):
     "The first line of an error's text."
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
@@ -71,8 +72,8 @@ def _unreadable(source, error):
         return ValueError(f"{source}: a .bin file holds more than weights, and nothing else is read of it, because "
                           "a pickle can run code. Save the model as safetensors on a machine where you trust it.")
     if isinstance(error, OSError) and not Path(source).exists():
-        return FileNotFoundError(f"{source!r} is neither a model folder nor on the hub or in its cache ({_line(error)}). "
-                                 "Offline, download it and pass the folder.")
+        return FileNotFoundError(f"{source!r} is neither a model folder nor on the hub or in its cache "
+                                 f"({_line(error)}). Offline, download it and pass the folder.")
     kind = FileNotFoundError if isinstance(error, OSError) and "not a valid JSON" not in str(error) else ValueError
     return kind(f"{source}: a file is missing, broken or cut off ({_line(error)}). Copy the folder again, whole.")
 
@@ -87,7 +88,7 @@ def _reading(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (OSError, SafetensorError, pickle.UnpicklingError, json.JSONDecodeError) as e:
+    except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, json.JSONDecodeError) as e:
         raise _unreadable(source, e) from e
     except RuntimeError as e:
         if "PytorchStreamReader" not in str(e): raise           # else a .bin that was cut off
@@ -95,7 +96,7 @@ def _reading(
     finally:
         logging.set_verbosity(shown)
 
-# %% ../nbs/5_models/01_weights.ipynb #905aa2b0
+# %% ../nbs/5_models/01_weights.ipynb #b14c7ecb
 _PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 def beside(
@@ -111,8 +112,8 @@ def beside(
                             _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
     return found and Path(found)
 
-# %% ../nbs/5_models/01_weights.ipynb #88b76cbe
-_OTHER_HEAD = re.compile("For.*(Classification|Answering|Choice|MaskedLM|Prediction|Regression|Reward.*|Retrieval|Embedding)$")
+# %% ../nbs/5_models/01_weights.ipynb #63eae897
+_OTHER_HEAD = re.compile("For.*(Classification|Answering|Choice|MaskedLM|Prediction|Regression|RewardModel|Retrieval)$")
 
 def _writes(config):
     "Whether `transformers`, or code that comes with the model, can write from left to right with it."
@@ -129,7 +130,7 @@ def _check_writes(source, config):
     else: return
     raise ValueError(f"{source} is {what}: pass a causal language model (…ForCausalLM)")
 
-# %% ../nbs/5_models/01_weights.ipynb #a32c9462
+# %% ../nbs/5_models/01_weights.ipynb #8924393d
 def _check_known(source, raw, trusted):
     "ValueError for a kind of model that `transformers` doesn't know; `raw` is what config.json says."
     if "model_type" not in raw:
@@ -162,10 +163,10 @@ def _check_whole(source, found):
     raise ValueError(f"{source}: {len(lost)} weights are missing from the checkpoint ({', '.join(lost[:3])}, …), and "
                      "random numbers would stand in for them. Copy the folder again, whole.")
 
-# %% ../nbs/5_models/01_weights.ipynb #283896f1
+# %% ../nbs/5_models/01_weights.ipynb #b7805e75
 def _weights(source, place, options):
     "The model of a folder or hub id, all of its weights read."
-    options = options | dict(weights_only=True, ignore_mismatched_sizes=True)     # no pickle runs; shapes are checked below
+    options = options | dict(weights_only=True, ignore_mismatched_sizes=True)       # no pickle runs; we check shapes
     with _reading(source):
         lm, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **place, **options)
     _check_whole(source, found)
@@ -188,13 +189,13 @@ def _check_vocabulary(source, lm, tok):
     raise ValueError(f"{source}: the tokenizer counts {last + 1} tokens, and the model has embeddings for {rows}: "
                      "take the tokenizer that the model was trained with")
 
-# %% ../nbs/5_models/01_weights.ipynb #46d89a67
+# %% ../nbs/5_models/01_weights.ipynb #b97fe00d
 def _read_plain(source, place, options):
     "Model and tokenizer of a folder or hub id."
     _checked_config(source, place)
     return _weights(source, place, options), _tokenizer(source, place)
 
-# %% ../nbs/5_models/01_weights.ipynb #898d8b9d
+# %% ../nbs/5_models/01_weights.ipynb #51c53cf3
 def _has_weights(folder):
     "Whether a folder holds the weights of a whole model."
     return any([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
@@ -210,7 +211,7 @@ def _gguf(source, place):
     if len(found) > 1: raise ValueError(f"{source} holds several GGUF files ({', '.join(found)}): pass one of them")
     return source, found[0]
 
-# %% ../nbs/5_models/01_weights.ipynb #2a957204
+# %% ../nbs/5_models/01_weights.ipynb #0393efa5
 def _as_plain(lm):
     "A model that was unpacked, without the mark of its packed file, which would forbid to save it."
     lm.hf_quantizer = None
@@ -219,6 +220,17 @@ def _as_plain(lm):
         if name in vars(owner): delattr(owner, name)
     return lm
 
+@contextmanager
+def _unpacking(folder, name):
+    "ValueError for a file that isn't GGUF, isn't whole, or holds a model that `transformers` can't unpack."
+    try:
+        with _reading(folder): yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        if str(e).startswith(f"{folder}: "): raise              # said already
+        raise ValueError(f"{name} can't be read as a GGUF file ({_line(e)}): copy it again, whole, "
+                         "or take the model's safetensors") from e
+
+# %% ../nbs/5_models/01_weights.ipynb #3740e830
 def _read_gguf(folder, file, place, options):
     "Model and tokenizer of a GGUF file; ValueError when it can't be read as one."
     name = str(Path(folder)/file)
@@ -226,17 +238,12 @@ def _read_gguf(folder, file, place, options):
     place = place | dict(gguf_file=file)
     unpacked = getattr(transformers, "GgufConfig", None)        # earlier versions always unpack
     if unpacked: options = options | dict(quantization_config=unpacked(dequantize=True))
-    try:
-        with _reading(folder): config = AutoConfig.from_pretrained(folder, **place)
-        _check_writes(name, config)
-        lm = _weights(folder, place, options | dict(config=config))
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
-        if str(e).startswith((name, folder)): raise
-        raise ValueError(f"{name} can't be read as a GGUF file ({_line(e)}): copy it again, whole, or take the model's "
-                         "safetensors") from e
+    with _unpacking(folder, name): config = AutoConfig.from_pretrained(folder, **place)
+    _check_writes(name, config)
+    with _unpacking(folder, name): lm = _weights(folder, place, options | dict(config=config))
     return _as_plain(lm), _tokenizer(folder, place)
 
-# %% ../nbs/5_models/01_weights.ipynb #68ba0b4c
+# %% ../nbs/5_models/01_weights.ipynb #4e6b6515
 def adapter_base(
     source,         # folder or hub id
     place: dict,    # options of `_PLACE`
@@ -248,7 +255,7 @@ def adapter_base(
     base = said.get("base_model_name_or_path")
     if not base: raise ValueError(f"{file} names no base_model_name_or_path: write the base model's folder there")
     if _has_weights(file.parent):
-        raise ValueError(f"{source} holds a whole model and an adapter: put the adapter's files in a folder of their own")
+        raise ValueError(f"{source} holds a whole model and an adapter: put the adapter's files in their own folder")
     own = {name: value for name, value in place.items() if name not in ("revision", "subfolder", "gguf_file")}
     return base, own | (dict(revision=said["revision"]) if said.get("revision") else {})
 
@@ -263,7 +270,7 @@ def _check_adapter(source, plan):
         raise ValueError(f"{source} is an adapter of kind {plan.peft_type.value}, which adds tokens that stand in no "
                          "prompt: pass one that adapts weights, such as LoRA")
 
-# %% ../nbs/5_models/01_weights.ipynb #09485362
+# %% ../nbs/5_models/01_weights.ipynb #0b016608
 def _grow(lm, weights):
     "Room in the embedding for the tokens that an adapter brought along."
     name = next(name for name, module in lm.named_modules() if module is lm.get_input_embeddings())
@@ -280,7 +287,7 @@ def _check_adapter_whole(source, base, lm, weights):
         raise ValueError(f"{source}: {len(lost)} weights of the adapter don't fit the layers of its base {base} "
                          f"({lost[0]}, …): copy the adapter again, whole, or {_NAME_BASE}")
 
-# %% ../nbs/5_models/01_weights.ipynb #b406e83e
+# %% ../nbs/5_models/01_weights.ipynb #06dde2e9
 def _with_adapter(source, base, lm, place):
     "A model with the adapter of a folder or hub id; ValueError when it doesn't fit."
     from peft import PeftConfig, PeftModel
@@ -303,13 +310,13 @@ def _read_adapter(source, place, options):
     base, there = adapter_base(source, place)
     try: lm, tok = _read(base, there, options)
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"{source} is an adapter, and of its base: {e}. If it lies elsewhere, {_NAME_BASE}.") from e
+        raise FileNotFoundError(f"{source} is an adapter, and its base isn't here: {e}; {_NAME_BASE}") from e
     lm = _with_adapter(source, base, lm, place)
     if beside(source, "tokenizer_config.json", place): tok = _tokenizer(source, place)
     if not getattr(lm.get_base_model(), "is_quantized", False): lm = lm.merge_and_unload()
     return lm, tok
 
-# %% ../nbs/5_models/01_weights.ipynb #20c46b8b
+# %% ../nbs/5_models/01_weights.ipynb #bbdea716
 def _read(source, place, options):
     "Model and tokenizer of a source of any kind."
     _check_source(source, place.get("subfolder", ""))
@@ -323,7 +330,7 @@ def read_weights(
     dtype=None,         # torch dtype; default: float32 on a CPU, else as stored
     device=None,        # "cuda", "mps", "cpu"; default: the best there is
     **options,          # passed to transformers' `from_pretrained` (revision, quantisation, attention, …)
-) -> tuple:             # (lm, tok); FileNotFoundError when it is nowhere, ValueError when it isn't whole, or writes no text
+) -> tuple:             # (lm, tok); FileNotFoundError when it is nowhere, ValueError when it can't answer
     "A causal language model and its tokenizer, ready to answer."
     device = device or best_device()
     options = dict(dtype=dtype or (torch.float32 if device == "cpu" else "auto")) | options
@@ -336,7 +343,7 @@ def read_weights(
     lm.config._name_or_path = str(source)                           # of an adapter, not of its base
     return (lm if options.get("device_map") else lm.to(device)).eval(), tok
 
-# %% ../nbs/5_models/01_weights.ipynb #59050c13
+# %% ../nbs/5_models/01_weights.ipynb #40f8006d
 def packaged(
     state: str,         # "full", "retain" or "librarian"
 ):                      # the folder of a packaged model; ValueError on another state
@@ -372,7 +379,7 @@ def write_weights(
     folder,         # made when missing
     dtype=None,     # store in another format, e.g. torch.float16
 ) -> Path:          # the folder
-    "Write model and tokenizer; weights spread over processes are gathered (all processes call it, the first one writes)."
+    "Write model and tokenizer; weights spread over processes are gathered (all call it, the first one writes)."
     if hasattr(lm, "merge_and_unload"): lm = copy.deepcopy(lm).merge_and_unload()
     state = whole_state(lm)
     if dtype: state = _cast(state, dtype)
