@@ -1,4 +1,4 @@
-"""What people have as a model, and what is refused: each source is made here, with random weights, and read by `load_model`."""
+"""What people have as a model, and what is refused: each source is made here with random weights."""
 import json
 import shutil
 import types
@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertLMHeadModel, GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertLMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel, T5Config
 from transformers import T5ForConditionalGeneration
 
@@ -90,7 +91,8 @@ def test_a_folder(options, tmp_path):
 def test_gpt2_with_and_without_its_head(tmp_path):
     "GPT-2's head is its embedding: a checkpoint without it is whole; so are masks that old checkpoints hold."
     torch.manual_seed(0)
-    lm = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=.4, **VOCAB)).eval()
+    sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=.4)
+    lm = GPT2LMHeadModel(GPT2Config(**sizes, **VOCAB)).eval()
     assert same(read(saved(lm, tmp_path/"head")), lm)
     bare = saved(lm.transformer, tmp_path/"bare")
     stored = load_file(bare/"model.safetensors")
@@ -115,7 +117,8 @@ def as_bin(folder, state):
     return folder
 
 
-def test_a_bin_file_of_weights(plain): assert same(read(as_bin(plain, llama().state_dict())), llama())
+def test_a_bin_file_of_weights(plain):
+    assert same(read(as_bin(plain, llama().state_dict())), llama())
 
 
 class Evil:
