@@ -21,18 +21,27 @@ from .scores import SCORES, score_name
 
 # %% ../nbs/4_reports/01_plots.ipynb #4148864b
 # what a colour means in every figure; colour-blind safe
-COLOURS = {"draws": "#0173b2", "greedy": "#2b2b2b", "bound": "#d55e00", "leak": "#de8f05", "forget": "#cc78bc", "retain": "#029e73"}
+COLOURS = {
+    "draws": "#0173b2",
+    "greedy": "#2b2b2b",
+    "bound": "#d55e00",
+    "leak": "#de8f05",
+    "forget": "#cc78bc",
+    "retain": "#029e73",
+}
 
 # %% ../nbs/4_reports/01_plots.ipynb #142edc57
-_STYLE = {"figure.figsize": (6, 3.2), "figure.dpi": 110, "savefig.dpi": 160, "figure.constrained_layout.use": True, "figure.facecolor": "white",
-          "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
-          "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e8e8e8", "axes.axisbelow": True, "legend.frameon": False,
-          "legend.fontsize": 8, "lines.linewidth": 1.6, "text.parse_math": False}
+_STYLE = {
+    "figure.figsize": (6, 3.2), "figure.dpi": 110, "savefig.dpi": 160, "figure.constrained_layout.use": True,
+    "figure.facecolor": "white", "font.size": 9, "axes.titlesize": 10, "legend.fontsize": 8, "lines.linewidth": 1.6,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
+    "grid.color": "#e8e8e8", "axes.axisbelow": True, "legend.frameon": False, "text.parse_math": False,
+}
 
 @contextmanager
 def style():
     "The look of every figure here; use `with style():` around your own, too."
-    plt.draw_if_interactive()  # loads a notebook's backend now; loaded inside, its interactive mode would end with the context
+    plt.draw_if_interactive()  # loads a notebook's backend now; loaded inside, its interactive mode would end here
     with plt.rc_context(_STYLE): yield
 
 # %% ../nbs/4_reports/01_plots.ipynb #ba9f9d3e
@@ -42,27 +51,32 @@ def _axes(ax):
 
 def _points(ax):
     "Width and height of `ax` in points."
-    return np.array([ax.bbox.width, ax.bbox.height])*72/ax.figure.dpi
+    return np.array([ax.bbox.width, ax.bbox.height]) * 72 / ax.figure.dpi
 
+# %% ../nbs/4_reports/01_plots.ipynb #25c73fca
 def _legend(ax, wide=1):
-    "Put the legend below `ax`, where it hides no data, in one row if that fits into `wide` times its width."
+    "Put the legend below `ax`, in one row if that fits into `wide` times its width."
     labels = ax.get_legend_handles_labels()[1]
     if not labels: return
-    row = sum(4.4*len(label) + 40 for label in labels) < wide*_points(ax)[0]
-    below = ax.transAxes + ScaledTranslation(0, -40/72, ax.figure.dpi_scale_trans)  # 40 points: tick labels and the axis label
-    ax.legend(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderpad=0, borderaxespad=0, handlelength=2.2, ncols=len(labels) if row else 1)
+    row = sum(4.4 * len(label) + 40 for label in labels) < wide * _points(ax)[0]
+    below = ax.transAxes + ScaledTranslation(0, -40/72, ax.figure.dpi_scale_trans)  # tick labels and the axis label
+    place = dict(loc="upper left", bbox_to_anchor=(0, 0), bbox_transform=below, borderpad=0, borderaxespad=0)
+    ax.legend(handlelength=2.2, ncols=len(labels) if row else 1, **place)
 
 def _title(ax, text, wide=1):
     "Set the legend, then `text` as title, wrapped to `wide` times the width of the axes."
     ax.figure.draw_without_rendering()  # lays the figure out, so that the axes have their final width
     _legend(ax, wide)
-    lines = fill(text.replace(" %", "\N{NO-BREAK SPACE}%"), max(20, int(wide*_points(ax)[0]/5.5)))
+    room = max(20, int(wide * _points(ax)[0] / 5.5))
+    lines = fill(text.replace(" %", "\N{NO-BREAK SPACE}%"), room)
     ax.set_title(lines.replace("\N{NO-BREAK SPACE}", " "), loc="center", x=0, ha="left")
 
+# %% ../nbs/4_reports/01_plots.ipynb #f8bc2842
 def _share(p, side=None):
     "A share in words; that of a bound is rounded outward, to its `side`."
     digits = 3 if p > .1 else 2
-    return f"{100*(float(rounded(p, side, digits)) if side else p):.{digits}g} %"
+    shown = float(rounded(p, side=side, digits=digits)) if side else p
+    return f"{100 * shown:.{digits}g} %"
 
 def _name(score):
     "How the axis calls `score`."
@@ -70,29 +84,38 @@ def _name(score):
 
 def _seen(x):
     "The scores that arrived, float64 (draw,), and how many they are in words."
-    if np.ndim(x) != 1: raise ValueError(f"x must hold the scores of one question, shape (draw,); got shape {np.shape(x)}")
-    seen = as_scores(x, missing="worst", anytime=True)[0]
-    seen = seen[~np.isnan(seen)]
+    if np.ndim(x) != 1:
+        raise ValueError(f"x must hold the scores of one question, shape (draw,); got shape {np.shape(x)}")
+    scores = as_scores(x, missing="worst", anytime=True)[0]
+    seen = scores[~np.isnan(scores)]
     if not len(seen): raise ValueError(f"x must hold at least one score; all {len(x)} are missing")
-    return seen, f"{len(seen):,} draws" + f" ({len(x) - len(seen)} missing)"*(len(seen) < len(x))
+    lost = len(scores) - len(seen)
+    return seen, f"{len(seen):,} draws" + f" ({lost} missing)" * (lost > 0)
 
 # %% ../nbs/4_reports/01_plots.ipynb #435fc4d5
 def _atoms(x):
-    "Values that deserve a needle, with their shares: all of them when they are few, else the ends 0 and 1 and what 5 % of draws share."
+    "Values that deserve a needle, with their shares: all if they are few, else 0, 1 and what 5 % of draws share."
     values, counts = np.unique(x, return_counts=True)
-    needle = (len(values) <= 12) | (counts >= .05*len(x)) | np.isin(values, (0, 1))
-    return values[needle], counts[needle]/len(x)
+    needle = (len(values) <= 12) | (counts >= .05 * len(x)) | np.isin(values, (0, 1))
+    return values[needle], counts[needle] / len(x)
 
 # %% ../nbs/4_reports/01_plots.ipynb #d7602072
+_SHIFT = {"left": 4, "center": 0, "right": -4}     # points between a needle and its share
+
+def _side(value, others):
+    "On which side of its needle a share is written."
+    if np.any(np.abs(others - value) < .12): return "center"
+    return "left" if value < .05 else "right" if value > .95 else "center"
+
 def _needles(ax, values, shares):
     "Draw point masses as needles with their shares written on top."
     ax.vlines(values, 0, shares, color=COLOURS["draws"], lw=3)
     ax.plot(values, shares, "o", color=COLOURS["draws"], ms=5)
+    look = dict(textcoords="offset points", fontsize=8, color=COLOURS["draws"])
     for i, (value, share) in enumerate(zip(values, shares)):
-        near = np.delete(values, i)
-        side = "center" if np.any(np.abs(near - value) < .12) else "left" if value < .05 else "right" if value > .95 else "center"
-        ax.annotate(_share(share), (value, share), ({"left": 4, "center": 0, "right": -4}[side], 5), textcoords="offset points", ha=side, fontsize=8, color=COLOURS["draws"],
-                    bbox=dict(fc="white", ec="none", pad=.6, alpha=.8))
+        side = _side(value, np.delete(values, i))
+        box = dict(fc="white", ec="none", pad=.6, alpha=.8)
+        ax.annotate(_share(share), (value, share), (_SHIFT[side], 5), ha=side, bbox=box, **look)
 
 # %% ../nbs/4_reports/01_plots.ipynb #d97da2bf
 def _headline(x, count, greedy):
@@ -102,79 +125,142 @@ def _headline(x, count, greedy):
     if not above: return f"Greedy scores {greedy:.3g}; none of {count} scores higher"
     return f"Greedy scores {greedy:.3g}, yet {_share(above)} of {count} score higher, up to {x.max():.3g}"
 
+# %% ../nbs/4_reports/01_plots.ipynb #f38c317e
+def _histogram(ax, rest, n):
+    "What is no needle: a histogram of its share of the n draws, and a strip with every draw below the axis."
+    import seaborn as sns
+    if not len(rest): return
+    look = dict(color=COLOURS["draws"], alpha=.45, lw=0)
+    sns.histplot(x=rest, weights=np.full(len(rest), 1 / n), bins=25, binrange=(0, 1), ax=ax, **look)
+    strip = dict(color=COLOURS["draws"], alpha=.5, ms=7, clip_on=False)
+    ax.plot(rest, np.full(len(rest), -.05), "|", transform=ax.get_xaxis_transform(), **strip)
+
+def _lines(ax, mean, greedy, bound):
+    "Where greedy decoding, the mean of the draws and its bound stand."
+    if greedy is not None:
+        ax.axvline(float(greedy), color=COLOURS["greedy"], ls="--", label=f"greedy answer {float(greedy):.3g}")
+    ax.axvline(float(mean), color=COLOURS["draws"], ls=":", label=f"mean of draws {float(mean):.3g}")
+    if bound is not None:
+        ax.axvline(float(bound), color=COLOURS["bound"], label=f"mean at most {rounded(bound, digits=3)}")
+
 # %% ../nbs/4_reports/01_plots.ipynb #2d770fc3
 @style()
 def score_density(
-    x:np.ndarray, # scores of one question's draws in [0, 1], (draw,); NaN where one is missing
-    greedy:float|None=None, # score of the greedy answer
-    bound=None, # upper bound on the mean score, a number or a `Bound`
-    score:str|Callable="score", # what was scored: a score's name, or your own words
-    ax=None, # axes to draw on
-)->plt.Axes: # the axes
+    x: np.ndarray,                  # scores of one question's draws in [0, 1], (draw,); NaN where one is missing
+    *,
+    greedy: float | None = None,    # score of the greedy answer
+    bound=None,                     # upper bound on the mean score, a number or a `Bound`
+    score: str | Callable = "score",    # what was scored: a score's name, or your own words
+    ax=None,
+) -> plt.Axes:                      # the axes
     "Distribution of sampled scores with the greedy score marked; ValueError unless `x` is (draw,) in [0, 1]."
-    import seaborn as sns
-    (x, count), ax = _seen(x), _axes(ax)
-    values, shares = _atoms(x)
-    rest = x[~np.isin(x, values)]
-    if len(rest):
-        sns.histplot(x=rest, weights=np.full(len(rest), 1/len(x)), bins=25, binrange=(0, 1), color=COLOURS["draws"], alpha=.45, lw=0, ax=ax)
-        ax.plot(rest, np.full(len(rest), -.05), "|", color=COLOURS["draws"], alpha=.5, ms=7, transform=ax.get_xaxis_transform(), clip_on=False)
+    seen, count = _seen(x)
+    ax = _axes(ax)
+    values, shares = _atoms(seen)
+    _histogram(ax, seen[~np.isin(seen, values)], len(seen))
     _needles(ax, values, shares)
-    for at, meaning, line, what in ((greedy, "greedy", "--", "greedy answer"), (x.mean(), "draws", ":", "mean of draws"), (bound, "bound", "-", "mean at most")):
-        if at is not None: ax.axvline(float(at), color=COLOURS[meaning], ls=line, label=f"{what} {rounded(at, digits=3) if meaning == 'bound' else format(float(at), '.3g')}")
-    ax.set(xlim=(-.02, 1.02), ylim=(0, 1.12*ax.dataLim.y1), xlabel=f"{_name(score)} of one answer", ylabel="share of draws")
+    _lines(ax, seen.mean(), greedy, bound)
+    ax.set(xlim=(-.02, 1.02), xlabel=f"{_name(score)} of one answer")
+    ax.set(ylim=(0, 1.12 * ax.dataLim.y1), ylabel="share of draws")
     ax.tick_params(axis="x", pad=9)
-    _title(ax, _headline(x, count, greedy))
+    _title(ax, _headline(seen, count, greedy))
     return ax
+
+# %% ../nbs/4_reports/01_plots.ipynb #ed17e065
+def just_below(
+    t,                  # thresholds, any shape
+    x: np.ndarray,      # scores
+) -> np.ndarray:        # of the same shape: P(score > it) is P(score ≥ t), as `leaked` compares
+    "The largest numbers below some thresholds, in the scores' own type."
+    kind = _floats(x).dtype
+    return np.nextafter(np.asarray(t, kind), kind.type(-1))
+
+def _floats(x):
+    "Scores as floating-point numbers, of their own type where they are some."
+    x = np.asanyarray(x)
+    return x if x.dtype.kind == "f" else x.astype(float)
+
+# %% ../nbs/4_reports/01_plots.ipynb #a468ad88
+def _band(x, t, alpha, method):
+    "Between which ends P(score ≥ t) lies, for all t at once: two arrays like t."
+    ends = survival_bound(x, at=just_below(t, x), alpha=alpha, side="two-sided", method=method, missing="worst").value
+    return np.where(t > 0, ends[:, 0], 1.0), ends[:, 1]  # every score is at least 0
+
+def _ribbon(ax, t, ends, sure):
+    "Draw a band, with a line on its upper side."
+    look = dict(color=COLOURS["bound"], alpha=.2, lw=0, label=f"holds the truth with {sure}")
+    ax.fill_between(t, *ends, step="pre", **look)
+    ax.step(t, ends[1], where="pre", color=COLOURS["bound"], lw=1)
 
 # %% ../nbs/4_reports/01_plots.ipynb #9369c3df
 @style()
 def survival_band(
-    x:np.ndarray, # scores of one question's draws in [0, 1], (draw,); NaN where one is missing, counted at its worst on either side
-    alpha:float=0.01, # chance that the truth leaves the band anywhere, in (0, 1)
-    at:float=0.5, # the score that the title speaks about, in [0, 1]
-    score:str|Callable="score", # what was scored: a score's name, or your own words
-    method:str="dkw", # how the band is made: "dkw", "smirnov" or "bj"
-    ax=None, # axes to draw on
-    among:int=1, # bands that must all hold together, of which this is one: it is made at alpha / among
-)->plt.Axes: # the axes
-    "Share of draws above every score t, with the two-sided band of `survival_bound`; ValueError as there."
+    x: np.ndarray,              # scores of one question's draws in [0, 1], (draw,); NaN: the worst on either side
+    alpha: float = 0.01,        # chance that the truth leaves the band anywhere, in (0, 1)
+    *,
+    leak_at: float = 1.0,       # the score that the title speaks about, in [0, 1]
+    score: str | Callable = "score",    # what was scored: a score's name, or your own words
+    method: str = "dkw",        # how the band is made: "dkw", "smirnov" or "bj"
+    among: int = 1,             # bands that must all hold together, of which this is one: it is made at alpha / among
+    ax=None,
+) -> plt.Axes:                  # the axes
+    "Share of draws that score t or more, for every t, with the band of `survival_bound`; ValueError as there."
     seen, count = _seen(x)
-    t = np.unique(np.r_[0, seen, at, 1])
-    band = survival_bound(np.asanyarray(x, dtype=float), at=t, alpha=alpha/among, side="two-sided", method=method, missing="worst")
-    low, high = band.value.T*(t < 1)  # (2, t); no score lies above 1
-    above, here, sure = np.array([np.mean(seen > s) for s in t]), np.searchsorted(t, at), confidence(alpha) + f" (all {among:,} settings)"*(among > 1)
+    x = _floats(x)
+    seen, leak_at = seen.astype(x.dtype), x.dtype.type(leak_at)
+    t = np.unique(np.r_[0, seen, leak_at, 1].astype(x.dtype))
+    ends = _band(x, t, alpha / among, method)
+    share = np.array([np.mean(seen >= s) for s in t])
+    sure = confidence(alpha) + f" (all {among:,} settings)" * (among > 1)
     ax = _axes(ax)
-    ax.fill_between(t, low, high, step="post", color=COLOURS["bound"], alpha=.2, lw=0, label=f"holds the truth with {sure}")
-    ax.step(t, high, where="post", color=COLOURS["bound"], lw=1)
-    ax.step(t, above, where="post", color=COLOURS["draws"], clip_on=False, label="seen in the draws")
-    ax.plot([at, at], [above[here], high[here]], "o-", color=COLOURS["bound"], ms=4, lw=1)
-    ax.set(xlim=(0, 1), ylim=(0, None), xlabel=f"t, {_name(score)}", ylabel="share above t")
-    _title(ax, f"{_share(above[here])} of {count} score above {at:g}; with {sure} the truth is at most {_share(high[here], 'upper')}")
+    _ribbon(ax, t, ends, sure)
+    ax.step(t, share, where="pre", color=COLOURS["draws"], clip_on=False, label="seen in the draws")
+    here = np.searchsorted(t, leak_at)
+    drawn, most = share[here], ends[1][here]
+    ax.plot([leak_at, leak_at], [drawn, most], "o-", color=COLOURS["bound"], ms=4, lw=1, clip_on=False)
+    ax.set(xlim=(0, 1), ylim=(0, None), xlabel=f"t, {_name(score)}", ylabel="share that scores t or more")
+    truth = f"with {sure} the truth is at most {_share(most, 'upper')}"
+    _title(ax, f"{_share(drawn)} of {count} score at least {leak_at:g}; {truth}")
     return ax
 
 # %% ../nbs/4_reports/01_plots.ipynb #30a08f48
+_LINES = "o-", "s--", "^-.", "v:", "D-", "P--", "X-.", "p:"     # so that methods are told apart without colour
+
+def _sizes(n):
+    "16, 32, 64, … and n."
+    powers = 2**np.arange(4, 4 + n.bit_length())
+    return np.unique(np.r_[powers, n].clip(max=n))
+
+def _by_draws(ax, sizes, bounds, means):
+    "Draw the bound of each method and the mean of the draws, against the number of draws."
+    for (method, values), line in zip(bounds.items(), _LINES):
+        ax.plot(sizes, values, line, ms=3, color=COLOURS["bound"], label=f"upper bound ({method})")
+    ax.plot(sizes, means, "o-", ms=3, color=COLOURS["draws"], label="mean of draws")
+    ax.set_xscale("log", base=2)
+    ax.set(xticks=sizes, xticklabels=[f"{n:,}" for n in sizes])
+    ax.minorticks_off()
+
+# %% ../nbs/4_reports/01_plots.ipynb #755c6aac
 @style()
 def bound_by_draws(
-    x:np.ndarray, # scores of one question in [0, 1], in the order of drawing, (draw,); NaN where one is missing, counted as 1
-    alpha:float=0.01, # chance that one point of a curve lies below the true mean, in (0, 1)
-    methods:Sequence[str]=("betting",), # bounds to compare, as `mean_bound` names them; the title speaks about the first
-    score:str|Callable="score", # what was scored: a score's name, or your own words
-    ax=None, # axes to draw on
-)->plt.Axes: # the axes
-    "Upper bound on the mean score against the number of draws, each point for an n fixed in advance; ValueError as `mean_bound`."
+    x: np.ndarray,          # scores of one question in [0, 1], in the order of drawing, (draw,); NaN counts as 1
+    alpha: float = 0.01,    # chance that one point of a curve lies below the true mean, in (0, 1)
+    *,
+    methods: Sequence[str] = ("betting",),  # names as in `mean_bound`; the title speaks about the first
+    score: str | Callable = "score",        # what was scored: a score's name, or your own words
+    ax=None,
+) -> plt.Axes:              # the axes
+    "Upper bound on the mean score by number of draws, each fixed in advance; ValueError as `mean_bound`."
     seen, _ = _seen(x)
-    sizes = np.unique(np.r_[2**np.arange(4, 4 + len(x).bit_length()), len(x)].clip(max=len(x)))  # 16, 32, … up to all
-    bounds = {method: [float(mean_bound(x[:n], alpha=alpha, method=method, missing="worst")) for n in sizes] for method in methods}
+    sizes = _sizes(len(x))
+    def bound(n, method): return float(mean_bound(x[:n], alpha=alpha, method=method, missing="worst"))
+    bounds = {method: [bound(n, method) for n in sizes] for method in methods}
     ax = _axes(ax)
-    for method, line in zip(methods, ("o-", "s--", "^-.", "v:", "D-", "P--", "X-.", "p:")):
-        ax.plot(sizes, bounds[method], line, ms=3, color=COLOURS["bound"], label=f"upper bound ({method})")
-    ax.plot(sizes, [np.nanmean(x[:n]) for n in sizes], "o-", ms=3, color=COLOURS["draws"], label="mean of draws")
-    ax.set_xscale("log", base=2)
-    ax.set(ylim=(0, None), xlabel="number of draws, fixed in advance", ylabel=f"mean {_name(score)}", xticks=sizes, xticklabels=[f"{n:,}" for n in sizes])
-    ax.minorticks_off()
+    _by_draws(ax, sizes, bounds, [np.nanmean(x[:n]) for n in sizes])
+    ax.set(ylim=(0, None), xlabel="number of draws, fixed in advance", ylabel=f"mean {_name(score)}")
     first, last = (rounded(bounds[methods[0]][i], digits=2) for i in (0, -1))
-    _title(ax, f"Mean {seen.mean():.2g}: from {sizes[0]} to {sizes[-1]:,} draws its bound goes from {first} to {last} ({confidence(alpha)})")
+    way = f"from {sizes[0]} to {sizes[-1]:,} draws its bound goes from {first} to {last}"
+    _title(ax, f"Mean {seen.mean():.2g}: {way} ({confidence(alpha)})")
     return ax
 
 # %% ../nbs/4_reports/01_plots.ipynb #340d8ae0
@@ -182,7 +268,9 @@ def _retain_panel(ax, retain, rows):
     "A narrow panel at the right of `ax`: the retain score of each row as a bar, with its number."
     side = ax.inset_axes([1.03, 0, .27, 1], sharey=ax)
     side.barh(rows, retain, height=.5, color=COLOURS["retain"])
-    for row, value in zip(rows, retain): side.text(.04, row, f"{value:.2f}", va="center", color="white" if value > .35 else "black", fontsize=8)
+    for row, value in zip(rows, retain):
+        colour = "white" if value > .35 else "black"
+        side.text(.04, row, f"{value:.2f}", va="center", color=colour, fontsize=8)
     side.set(xlim=(0, 1), xticks=[0, 1], xlabel="retain")
     side.tick_params(labelleft=False, left=False)
     side.grid(False)
@@ -195,41 +283,60 @@ def _winner(frame):
     if len(frame) == 1: return f"{best.name}: mean leak at most {found}; greedy shows {best['greedy']:.2g}"
     return f"{best.name} has the lowest bound of {len(frame)} ({found}); draw it again before claiming it"
 
-# %% ../nbs/4_reports/01_plots.ipynb #c0fb776f
-@style()
-def method_board(
-    frame, # DataFrame, one row per method (its index), scores in [0, 1]: columns greedy, mean, bound (upper, on the mean); optional lower, retain
-    reference:Sequence[str]=(), # rows that are for comparison only and can't win, e.g. the model before unlearning
-    score:str|Callable="score", # what was scored: a score's name, or your own words
-    ax=None, # axes to draw on
-)->plt.Axes: # the axes; the retain panel is their first child
-    "Forget and retain scores of several methods, one row each; ValueError for a missing column."
-    lacking = [c for c in ("greedy", "mean", "bound") if c not in frame]
-    if lacking: raise ValueError(f"frame needs columns greedy, mean and bound; {', '.join(lacking)} not among {', '.join(map(str, frame))}")
-    ax, rows = _axes(ax), np.arange(len(frame))
+# %% ../nbs/4_reports/01_plots.ipynb #da5684fa
+def _rows(ax, frame, rows):
+    "Draw greedy score, mean and bound of each row."
     low = frame["lower"] if "lower" in frame else frame["mean"]
     ax.hlines(rows, low, frame["bound"], color=COLOURS["bound"], lw=2)
     ax.plot(frame["bound"], rows, "|", color=COLOURS["bound"], ms=11, mew=2, label="upper bound on the mean")
     ax.plot(frame["mean"], rows, "o", color=COLOURS["draws"], label="mean of draws")
     ax.plot(frame["greedy"], rows, "D", mfc="none", color=COLOURS["greedy"], label="greedy answer")
+
+def small_shares(
+    ax,                         # axes whose x axis shows probabilities
+    rows: np.ndarray,           # (row,) where the rows stand
+    names: Sequence[str],       # (row,) what they are called
+) -> None:                      # the axis is stretched near 0, where unlearned models differ
+    "Lay out axes with a row for each thing and a probability from 0 to 1."
     ax.set_xscale("symlog", linthresh=.01, linscale=.7)
-    ax.set(xlim=(-.0008, 1.3), xlabel=f"forget: {_name(score)}", xticks=[0, .01, .1, 1], xticklabels=["0", ".01", ".1", "1"],
-           ylim=(len(frame) - .4, -.6), yticks=rows, yticklabels=[fill(str(name), 22) for name in frame.index])
+    ax.set(xlim=(-.0008, 1.3), xticks=[0, .01, .1, 1], xticklabels=["0", ".01", ".1", "1"])
+    ax.set(ylim=(len(rows) - .4, -.6), yticks=rows, yticklabels=names)
     ax.minorticks_off()
     ax.grid(axis="x")
+
+# %% ../nbs/4_reports/01_plots.ipynb #c0fb776f
+@style()
+def method_board(
+    frame,                          # DataFrame, a row per method: greedy, mean, bound; optional lower, retain
+    *,
+    reference: Sequence[str] = (),  # rows for comparison only, which can't win
+    score: str | Callable = "score",    # what was scored: a score's name, or your own words
+    ax=None,
+) -> plt.Axes:                      # the axes; the retain panel is their first child
+    "Forget and retain scores of several methods, one row each; ValueError for a missing column."
+    lacking = [c for c in ("greedy", "mean", "bound") if c not in frame]
+    if lacking:
+        there = ", ".join(map(str, frame))
+        raise ValueError(f"frame needs columns greedy, mean and bound; {', '.join(lacking)} not among {there}")
+    ax = _axes(ax)
+    rows = np.arange(len(frame))
+    _rows(ax, frame, rows)
+    small_shares(ax, rows, [fill(str(name), 22) for name in frame.index])
+    ax.set_xlabel(f"forget: {_name(score)}")
     if "retain" in frame: _retain_panel(ax, frame["retain"], rows)
     _title(ax, _winner(frame.drop(index=list(reference))), wide=1.3 if "retain" in frame else 1)
     return ax
 
 # %% ../nbs/4_reports/01_plots.ipynb #999a125b
 def _branches(paths, depth=0, start=0.0):
-    "Boxes (depth, start, share, score, word) of the prefix tree of `paths`, a list of (words, share, score), largest branch first."
+    "Boxes (depth, start, share, score, word) of the prefix tree of `paths`, (words, share, score), largest first."
     groups = {}
     for path in paths:
         if len(path[0]) > depth: groups.setdefault(path[0][depth], []).append(path)
     for word, group in sorted(groups.items(), key=lambda item: -sum(share for _, share, _ in item[1])):
         share = sum(s for _, s, _ in group)
-        yield depth, start, share, sum(s*value for _, s, value in group)/share, word
+        mean = sum(s * value for _, s, value in group) / share
+        yield depth, start, share, mean, word
         yield from _branches(group, depth + 1, start)
         start += share
 
@@ -238,27 +345,37 @@ def _cut(word, room):
     "`word`, cut to `room` letters."
     return word if len(word) <= room else word[:max(1, room - 1)] + "…"
 
+def _boxes(ax, paths, depth):
+    "Draw the boxes of a prefix tree, with their words where there is room."
+    shades = LinearSegmentedColormap.from_list("leak", ["#e4e9ee", COLOURS["leak"]])
+    wide, high = _points(ax) / (depth, 1)  # points for one word and for all draws
+    for column, start, share, value, word in _branches(paths):
+        ax.add_patch(Rectangle((column, start), 1, share, fc=shades(value), ec="white", lw=.6))
+        if share * high <= 8: continue
+        middle = column + .5, start + share / 2
+        ax.text(*middle, _cut(word, int(wide / 4)), ha="center", va="center", fontsize=7, clip_on=True)
+
 # %% ../nbs/4_reports/01_plots.ipynb #e5b7d97a
 @style()
 def answer_tree(
-    answers:Sequence[str], # distinct answers to one question, (answer,)
-    counts:Sequence[float], # how often each was drawn, or its probability, (answer,)
-    scores:Sequence[float], # how much each gives away, in [0, 1], (answer,)
-    depth:int=9, # words shown
-    ax=None, # axes to draw on
-)->plt.Axes: # the axes
+    answers: Sequence[str],     # distinct answers to one question, (answer,)
+    counts: Sequence[float],    # how often each was drawn, or its probability, (answer,)
+    scores: Sequence[float],    # how much each gives away, in [0, 1], (answer,)
+    *,
+    depth: int = 9,             # words shown
+    ax=None,
+) -> plt.Axes:                  # the axes
     "Prefix tree of the answers: width by word, height by share of draws, colour by mean score."
-    weights, ax = np.asarray(counts, dtype=float), _axes(ax)
-    weights = weights/weights.sum()
-    shades = LinearSegmentedColormap.from_list("leak", ["#e4e9ee", COLOURS["leak"]])
+    weights = np.asarray(counts, dtype=float)
+    weights = weights / weights.sum()
+    ax = _axes(ax)
     paths = list(zip((a.split()[:depth] for a in answers), weights, scores))
     depth = max(len(words) for words, _, _ in paths)
-    wide, high = _points(ax)/(depth, 1)  # points for one word and for all draws
-    for column, start, share, value, word in _branches(paths):
-        ax.add_patch(Rectangle((column, start), 1, share, fc=shades(value), ec="white", lw=.6))
-        if share*high > 8: ax.text(column + .5, start + share/2, _cut(word, int(wide/4)), ha="center", va="center", fontsize=7, clip_on=True)
-    ax.set(xlim=(0, depth), ylim=(1, 0), xticks=np.arange(depth) + .5, xticklabels=np.arange(depth) + 1, xlabel="word of the answer", ylabel="share of draws")
+    _boxes(ax, paths, depth)
+    ax.set(xlim=(0, depth), xticks=np.arange(depth) + .5, xticklabels=np.arange(depth) + 1, xlabel="word of the answer")
+    ax.set(ylim=(1, 0), ylabel="share of draws")
     ax.grid(False)
-    leaks = weights[np.asarray(scores) > 0].sum()
-    _title(ax, f"{len(paths)} distinct answers; {_share(leaks)} of the draws leak" + " (orange)" * bool(leaks))
+    tell = weights[np.asarray(scores) > 0].sum()
+    told = f"{_share(tell)} of the draws give something away" + " (orange)" * bool(tell)
+    _title(ax, f"{len(paths)} distinct answers; {told}")
     return ax

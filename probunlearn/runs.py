@@ -15,6 +15,7 @@ import json
 import math
 import time
 import warnings
+import numpy as np
 
 # %% ../nbs/1_records/05_runs.ipynb #1f25cf7f
 from .checks import is_whole
@@ -83,8 +84,16 @@ class Run:
         if lacking:
             raise ValueError(f"{len(lacking)} of {len(qas)} {group} questions don't have {n:,} draws yet, "
                              f"the first is {lacking[0].id!r}: go on with the run")
-        draws = [first_draws(self.draws(qa), n) for qa in qas]
+        draws = [known_logprobs(first_draws(self.draws(qa), n)) for qa in qas]
         return qas, draws, [self.draws(qa, "greedy") for qa in qas]
+
+# %% ../nbs/1_records/05_runs.ipynb #eb4fa961
+def known_logprobs(
+    draws,              # `Draws`
+):                      # the same `Draws`, or without log-probabilities where one of them is unknown
+    "Draws whose log-probabilities are all known, or none."
+    unknown = draws.logprobs is not None and np.isnan(draws.logprobs).any()
+    return replace(draws, logprobs=None) if unknown else draws
 
 # %% ../nbs/1_records/05_runs.ipynb #eb4fa963
 def _file_name(id):

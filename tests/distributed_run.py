@@ -7,9 +7,9 @@ import torch.distributed as dist
 
 from probunlearn.batches import processes
 from probunlearn.data import fictional_authors
-from probunlearn.models import save_lm, small_lm
-from probunlearn.weights import lm_fingerprint, shard
+from probunlearn.models import shard, small_model
 from probunlearn.training import UnlearnConfig, unlearn
+from probunlearn.weights import lm_fingerprint
 
 CONFIGS = dict(
     npo=dict(method="npo", beta=1, lambda_f=.5, lambda_r=-.1, entropy_on="own", accumulate=2),
@@ -19,19 +19,27 @@ CONFIGS = dict(
 
 
 def train(kind, sharded=False, **more):
-    "(history, lm, tok) of a short run; the same on one process and on two."
-    lm, tok = small_lm("full", device="cpu")
-    if sharded: shard(lm)
+    "(history, model) of a short run; the same on one process and on two."
+    model = small_model("full", device="cpu")
+    if sharded: model = shard(model)
     how = dict(steps=2, batch_size=4, lr=3e-4, schedule="constant", warmup=0) | CONFIGS[kind] | more
-    return unlearn(lm, tok, fictional_authors("forget10")[:6], fictional_authors("retain90")[:20], UnlearnConfig(**how)), lm, tok
+    forget, retain = fictional_authors("forget10")[:6], fictional_authors("retain90")[:20]
+    return unlearn(model, forget, retain, UnlearnConfig(**how)), model
+
+
+def found(folder, sharded):
+    "What each run measured, and the fingerprint of its weights; models are saved as they come."
+    result = {}
+    for kind in ("npo",) if sharded else CONFIGS:
+        history, model = train(kind, sharded, **dict(checkpoint=str(folder/"state")) if sharded else {})
+        result[kind] = dict(rows=history.rows, lm=lm_fingerprint(model.lm))
+        model.save(folder/"lm")
+    if sharded: result["again"] = dict(rows=train("npo", True, checkpoint=str(folder/"state"))[0].rows)
+    return result
 
 
 if __name__ == "__main__":
-    folder, kind = Path(sys.argv[1]), sys.argv[2]
-    sharded = kind == "sharded"
-    found = {k: train(k) for k in CONFIGS} if not sharded else {"npo": train("npo", True, checkpoint=str(folder/"state"))}
-    result = {k: dict(rows=history.rows, lm=lm_fingerprint(lm)) for k, (history, lm, tok) in found.items()}
-    for history, lm, tok in found.values(): save_lm(lm, tok, folder/"lm")
-    if sharded: result["again"] = dict(rows=train("npo", True, checkpoint=str(folder/"state"))[0].rows)
+    folder = Path(sys.argv[1])
+    result = found(folder, sys.argv[2] == "sharded")
     (folder/f"{processes()[0]}.json").write_text(json.dumps(result))
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""In a real browser: a lesson and the app are opened, a slider moves by its keys, and the claim follows; every page of the website is opened.
+"""In a real browser: a lesson and the app are opened, a slider moves, the claim follows; every page of the website opens.
 
 `SCREENSHOTS=folder` keeps pictures at two widths, of the website light and dark.
 """
@@ -21,7 +21,8 @@ NBS = Path(__file__).parent.parent/"nbs"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MINUTES = 60_000    # milliseconds
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="needs a browser: install Chromium, e.g. apt-get install chromium")]
+NO_BROWSER = "needs a browser: install Chromium, e.g. apt-get install chromium"
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason=NO_BROWSER)]
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +34,37 @@ def browser():
         chromium.close()
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def surroundings(folder):
+    "The environment of a server that keeps to its folder."
+    own = dict(JUPYTER_CONFIG_DIR=folder/"config", JUPYTER_RUNTIME_DIR=folder/"runtime", IPYTHONDIR=folder/"ipython")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {k: str(v) for k, v in own.items()} | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PATH=path)
+
+
+def wait_for_server(process, port, log):
+    until = time.time() + 120
+    while time.time() < until and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1): return
+        time.sleep(.3)
+    pytest.fail(f"no server: {log.read_text()[-2000:]}")
+
+
 @contextlib.contextmanager
 def served(folder, *command):
     "The address of a server that is started in `folder`, which it may write to."
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", JUPYTER_CONFIG_DIR=str(folder/"config"), JUPYTER_RUNTIME_DIR=str(folder/"runtime"), IPYTHONDIR=str(folder/"ipython"),
-                            PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    port = free_port()
+    words = [sys.executable, "-m", *command, f"--port={port}", "--no-browser"]
     with open(folder/"log", "wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", *command, f"--port={port}", "--no-browser"], cwd=folder, env=env, stdout=log, stderr=log, start_new_session=True)
+        how = dict(cwd=folder, env=surroundings(folder), stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(words, **how)
         try:
-            until = time.time() + 120
-            while time.time() < until and process.poll() is None:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1): break
-                time.sleep(.3)
-            else: pytest.fail(f"no server: {(folder/'log').read_text()[-2000:]}")
+            wait_for_server(process, port, folder/"log")
             yield f"http://127.0.0.1:{port}"
         finally:
             os.killpg(process.pid, signal.SIGTERM)
@@ -64,7 +80,8 @@ def move(page, which, key):
     before = claim.inner_text()
     page.locator(".leak-explorer [role=slider]").nth(which).focus()
     page.keyboard.press(key)
-    page.wait_for_function("before => document.querySelector('.leak-explorer .claim').innerText != before", arg=before, timeout=2*MINUTES)
+    moved = "before => document.querySelector('.leak-explorer .claim').innerText != before"
+    page.wait_for_function(moved, arg=before, timeout=2*MINUTES)
     return before, claim.inner_text()
 
 
@@ -77,21 +94,36 @@ def keep_pictures(page, name):
         page.screenshot(path=Path(os.environ["SCREENSHOTS"])/f"{name}-{width}.png")
 
 
+PICTURE = "() => { const img = document.querySelector('.leak-explorer img'); return [img.alt, img.clientWidth] }"
+CUT = "all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
+
+
 def check(page, name):
-    before, after = move(page, 3, "End")            # the threshold, to its top
-    assert "above 0.5 " in before and "above 0.95 " in after and "settings of the controls at once" in after
+    before, after = move(page, 3, "Home")           # the threshold, to its lowest
+    assert "of at least 1 is" in before and "of at least 0.05 is" in after
+    assert "settings of the controls at once" in after
     _, fewer = move(page, 0, "Home")                # the draws, to their fewest
     assert "n = 64" in fewer
-    wide = page.evaluate("() => { const img = document.querySelector('.leak-explorer img'); return [img.alt, img.clientWidth] }")
-    assert "draws score" in wide[0] and wide[1] > 300
-    assert page.locator(".leak-explorer .widget-label").evaluate_all("all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)") == []       # no name is cut
+    alt, width = page.evaluate(PICTURE)
+    assert "draws score" in alt and width > 300
+    assert page.locator(".leak-explorer .widget-label").evaluate_all(CUT) == []     # no name is cut
     keep_pictures(page, name)
 
 
-RAN = "part => jupyterapp.shell.currentWidget.content.widgets.map(cell => cell.model).filter(cell => cell.type == 'code' && cell.sharedModel.source.includes(part)).map(cell => JSON.stringify(cell.outputs.toJSON())).join()"
-ERRORS = "() => jupyterapp.shell.currentWidget.content.widgets.map(cell => cell.model).filter(cell => cell.type == 'code').flatMap(cell => cell.outputs.toJSON()).filter(output => output.output_type == 'error').map(output => output.evalue)"
+CELLS = """jupyterapp.shell.currentWidget.content.widgets.map(cell => cell.model).filter(cell => cell.type == 'code')"""
+RAN = f"""part => {CELLS}.filter(cell => cell.sharedModel.source.includes(part))
+    .map(cell => JSON.stringify(cell.outputs.toJSON())).join()"""
+ERRORS = f"""() => {CELLS}.flatMap(cell => cell.outputs.toJSON())
+    .filter(output => output.output_type == 'error').map(output => output.evalue)"""
+READY = "() => window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.sessionContext"
+RUN = """async () => {
+    await jupyterapp.shell.currentWidget.sessionContext.ready;
+    await jupyterapp.commands.execute('notebook:clear-all-cell-outputs');
+    jupyterapp.commands.execute('notebook:run-all-cells');
+}"""
 ANSWER = """async answer => {
-    const lesson = jupyterapp.shell.currentWidget.content, at = lesson.widgets.findIndex(cell => cell.model.sharedModel.source.startsWith('#| eval: false'));
+    const lesson = jupyterapp.shell.currentWidget.content;
+    const at = lesson.widgets.findIndex(cell => cell.model.sharedModel.source.startsWith('#| eval: false'));
     lesson.widgets[at].model.sharedModel.setSource(answer);
     lesson.activeCellIndex = at;
     await jupyterapp.commands.execute('notebook:run-all-below');
@@ -107,14 +139,16 @@ def errors(page, wait=True):
 def test_lesson_1_in_jupyterlab(browser, tmp_path):
     "All cells run until the exercise; a slider moves the claim; the check fails, and passes once it is answered."
     shutil.copy(NBS/"tutorials"/"01_greedy_misleads.ipynb", tmp_path/"lesson.ipynb")
-    with served(tmp_path, "jupyterlab", "--LabApp.expose_app_in_browser=True", "--ServerApp.token=t", "--allow-root") as at:
+    options = "--LabApp.expose_app_in_browser=True", "--ServerApp.token=t", "--allow-root"
+    with served(tmp_path, "jupyterlab", *options) as at:
         page = browser.new_page(viewport=dict(width=1280, height=1000))
         page.goto(f"{at}/doc/tree/lesson.ipynb?token=t&reset", timeout=2*MINUTES)
-        page.wait_for_function("() => window.jupyterapp && jupyterapp.shell.currentWidget && jupyterapp.shell.currentWidget.sessionContext", timeout=2*MINUTES)
-        page.evaluate("async () => { await jupyterapp.shell.currentWidget.sessionContext.ready; await jupyterapp.commands.execute('notebook:clear-all-cell-outputs'); jupyterapp.commands.execute('notebook:run-all-cells') }")
+        page.wait_for_function(READY, timeout=2*MINUTES)
+        page.evaluate(RUN)
         wait_for_claim(page)
         check(page, "lesson")
-        assert [error.split(",")[0] for error in errors(page)] == ["draws_for(0.01"]            # the starter of the exercise, which ends the run
+        starter = "draws_for(0.01"      # of the exercise, which ends the run
+        assert [error.split(",")[0] for error in errors(page)] == [starter]
         page.evaluate(ANSWER, "def draws_for(p, alpha): return int(np.ceil(np.log(alpha) / np.log1p(-p)))")
         page.wait_for_function(f"() => ({RAN})('check(draws_for)').includes(\"'right: 459 draws'\")", timeout=MINUTES)
         assert errors(page, wait=False) == []
@@ -148,22 +182,47 @@ def website(site):
 def watched(browser, at, width, scheme="light"):
     "A new browser page, and the list of what goes wrong on it."
     page, wrong = browser.new_page(viewport=dict(width=width, height=1000), color_scheme=scheme), []
-    page.on("request", lambda request: request.url.startswith((f"{at}/", "data:")) or wrong.append(f"{request.url} is elsewhere"))
-    page.on("requestfailed", lambda request: request.failure == "net::ERR_ABORTED" or wrong.append(f"{request.url}: {request.failure}"))      # aborted: the page was left
-    page.on("response", lambda response: response.status < 400 or wrong.append(f"{response.url}: {response.status}"))
-    page.on("console", lambda message: message.type not in ("error", "warning") or wrong.append(f"{page.url}: {message.text}"))
+    def requested(request):
+        if not request.url.startswith((f"{at}/", "data:")): wrong.append(f"{request.url} is elsewhere")
+    def failed(request):
+        aborted = request.failure == "net::ERR_ABORTED"                 # the page was left
+        if not aborted: wrong.append(f"{request.url}: {request.failure}")
+    def answered(response):
+        if response.status >= 400: wrong.append(f"{response.url}: {response.status}")
+    def logged(message):
+        if message.type in ("error", "warning"): wrong.append(f"{page.url}: {message.text}")
+    for event, told in (("request", requested), ("requestfailed", failed), ("response", answered), ("console", logged)):
+        page.on(event, told)
     page.on("pageerror", lambda error: wrong.append(f"{page.url}: {error}"))
     return page, wrong
 
 
 # pictures that do not show, what sticks out of the page where nothing scrolls it, and formulas that stayed TeX
 UGLY = r"""() => {
-    const held = e => e.tagName !== "ARTICLE" && (getComputedStyle(e).overflowX !== "visible" || held(e.parentElement)), wide = document.documentElement.clientWidth
-    const out = [...document.querySelectorAll("article *")].filter(e => e.getClientRects().length && e.getBoundingClientRect().right > wide + 1 && !held(e))
-    const blank = [...document.querySelectorAll("article img")].filter(e => !e.complete || !e.naturalWidth)
-    const tex = [...document.querySelectorAll("article :is(p, li, td, dd, h1, h2, h3, summary, details)")].flatMap(e => [...e.childNodes]).filter(e => e.nodeType === 3 && /\$|\\[a-z]/.test(e.data))
-    return [...blank.map(e => `no picture: ${e.src}`), ...out.map(e => `too wide: ${e.tagName} ${e.textContent.slice(0, 60)}`), ...tex.map(e => `TeX: ${e.data}`)]
+    const all = what => [...document.querySelectorAll(what)], wide = document.documentElement.clientWidth;
+    const scrolls = e => getComputedStyle(e).overflowX !== "visible";
+    const held = e => e.tagName !== "ARTICLE" && (scrolls(e) || held(e.parentElement));
+    const sticksOut = e => e.getClientRects().length && e.getBoundingClientRect().right > wide + 1;
+    const out = all("article *").filter(e => sticksOut(e) && !held(e));
+    const blank = all("article img").filter(e => !e.complete || !e.naturalWidth);
+    const texts = all("article :is(p, li, td, dd, h1, h2, h3, summary, details)").flatMap(e => [...e.childNodes]);
+    const tex = texts.filter(e => e.nodeType === 3 && /\$|\\[a-z]/.test(e.data));
+    return [
+        ...blank.map(e => `no picture: ${e.src}`),
+        ...out.map(e => `too wide: ${e.tagName} ${e.textContent.slice(0, 60)}`),
+        ...tex.map(e => `TeX: ${e.data}`),
+    ];
 }"""
+SHOWN = "index", "tutorials/01_greedy_misleads", "4_reports/07_widgets", "2_bounds/03_bounds", "docs/paper", "docs/api"
+
+
+def keep_pages(page, website, width):
+    "Screenshots of some pages, light and dark, where somebody wants to look at them."
+    for name in SHOWN if os.environ.get("SCREENSHOTS") else ():
+        page.goto(f"{website}/{name}.html")
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            page.screenshot(path=Path(os.environ["SCREENSHOTS"])/f"{Path(name).name}-{width}-{scheme}.png")
 
 
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (400, "dark")])
@@ -172,11 +231,7 @@ def test_every_page_of_the_website_loads_and_fits(browser, website, site, width,
     for path in sorted(site.rglob("*.html")):
         page.goto(f"{website}/{path.relative_to(site).as_posix()}")
         wrong += [f"{page.url}: {said}" for said in page.evaluate(UGLY)]
-    for name in ("index", "tutorials/01_greedy_misleads", "08_widgets", "03_bounds", "docs/paper", "docs/api") if os.environ.get("SCREENSHOTS") else ():
-        page.goto(f"{website}/{name}.html")
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)
-            page.screenshot(path=Path(os.environ["SCREENSHOTS"])/f"{Path(name).name}-{width}-{scheme}.png")
+    keep_pages(page, website, width)
     page.close()
     assert wrong == []
 
@@ -184,7 +239,12 @@ def test_every_page_of_the_website_loads_and_fits(browser, website, site, width,
 def test_what_is_ugly_is_found(browser, website):
     page, wrong = watched(browser, website, 400)
     page.goto(website)
-    page.evaluate("""() => { document.querySelector("article").innerHTML = "<img src=/nowhere.png><div style='width:900px'>wide</div><div style='overflow-x:auto'><p style='width:900px'>held</p></div><p>costs $2</p>"; console.error("loud") }""")
+    page.evaluate("""() => {
+        const wide = "<div style='width:900px'>wide</div>", tex = "<p>costs $2</p>";
+        const held = "<div style='overflow-x:auto'><p style='width:900px'>held</p></div>";
+        document.querySelector("article").innerHTML = "<img src=/nowhere.png>" + wide + held + tex;
+        console.error("loud");
+    }""")
     page.wait_for_function("() => document.querySelector('article img').complete")
     assert [said.split(": ")[0] for said in page.evaluate(UGLY)] == ["no picture", "too wide", "TeX"]
     assert any("nowhere.png: 404" in said for said in wrong) and any("loud" in said for said in wrong)
@@ -193,10 +253,17 @@ def test_what_is_ugly_is_found(browser, website):
 
 def test_widgets_show_how_they_were_left(browser, website):
     page, wrong = watched(browser, website, 400)
-    page.goto(f"{website}/08_widgets.html")
-    shown = page.locator(".frozen").evaluate_all("all => all.map(e => [e.querySelector('img').naturalWidth > 300 && e.querySelector('img').clientWidth > 250, e.querySelector('.claim').innerText, e.innerText])")
-    assert len(shown) == 6 and all(wide and len(claim) > 30 and text.split("\n")[0] == claim.split("\n")[0] and text.endswith("it moves when the notebook runs.") for wide, claim, text in shown)
-    assert "at every threshold and all 96 settings of the controls at once" in shown[1][1] and page.locator(".frozen mark").count()
+    page.goto(f"{website}/4_reports/07_widgets.html")
+    shown = page.locator(".frozen").evaluate_all("""all => all.map(e => [
+        e.querySelector('img').naturalWidth > 300 && e.querySelector('img').clientWidth > 250,
+        e.querySelector('.claim').innerText,
+        e.innerText])""")
+    assert len(shown) == 6
+    for wide, claim, text in shown:
+        assert wide and len(claim) > 30 and text.split("\n")[0] == claim.split("\n")[0]
+        assert text.endswith("it moves when the notebook runs.")
+    assert "at every threshold and all 96 settings of the controls at once" in shown[1][1]
+    assert page.locator(".frozen mark").count()
     page.close()
     assert wrong == []
 
@@ -207,8 +274,11 @@ def test_search_finds_std_bound(browser, website):
     page.locator("input[name=q]").first.fill("std_bound")
     page.keyboard.press("Enter")
     page.locator("#search-results a", has_text="probunlearn.bounds.std_bound").first.click(timeout=MINUTES)
-    page.wait_for_url("**/03_bounds.html#probunlearn.bounds.std_bound")
-    page.wait_for_function("() => { const y = document.getElementById(location.hash.slice(1)).getBoundingClientRect().top; return y >= 0 && y < innerHeight }")     # it scrolls there
+    page.wait_for_url("**/2_bounds/03_bounds.html#probunlearn.bounds.std_bound")
+    page.wait_for_function("""() => {
+        const y = document.getElementById(location.hash.slice(1)).getBoundingClientRect().top;
+        return y >= 0 && y < innerHeight;
+    }""")                               # it scrolls there
     assert page.locator("[id='probunlearn.bounds.std_bound']").inner_text().startswith("std_bound(")
     page.close()
     assert wrong == []

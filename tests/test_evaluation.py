@@ -12,29 +12,29 @@ import pytest
 import torch
 from tqdm import tqdm
 
-import probunlearn.evaluation
 from conftest import LetterTok, random_lm
 from probunlearn.data import Template, fictional_authors
-from probunlearn.draws import Decoding
+from probunlearn.draws import Decoding, draws_from_texts
 from probunlearn.evaluation import evaluate
-from probunlearn.models import small_lm
+from probunlearn.models import LocalModel, small_model
 from probunlearn.report import as_json
-from probunlearn.temperature import AdaptiveTemperature
+from probunlearn.runs import read_run
 
 FOUR, KEPT = fictional_authors("forget01"), fictional_authors("retain90")[:2]
 LIVELY = Decoding(temperature=1.5, max_new_tokens=20)     # so that draws differ
 
 
-def ask(lm, tok, qas=FOUR[:2], **how): return evaluate(lm, tok, qas, **dict(n=12, decoding=LIVELY, progress=False, name="m") | how)
+def ask(model, qas=FOUR[:2], **how):
+    return evaluate(model, qas, **dict(n=12, decoding=LIVELY, progress=False, name="m") | how)
 
 
-def same(a, b):
-    "Whether two lists of draws agree draw for draw, probabilities included."
-    def facts(d): return d.id, d.texts, d.index.tolist(), [tuple(t) for t in d.tokens], d.logprobs.tolist(), d.finished.tolist(), d.decoding, d.seed
-    return [facts(d) for d in a] == [facts(d) for d in b]
+def facts(d): return d.id, d.texts, d.index.tolist(), [tuple(t) for t in d.tokens], d.logprobs.tolist(), d.finished.tolist(), d.decoding, d.seed
+def same(a, b): return [facts(d) for d in a] == [facts(d) for d in b]       # draw for draw, probabilities included
 
 
-def files(folder): return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+def files(folder, suffix=""):
+    "Name → content of a folder's files."
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name.endswith(suffix)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,207 +51,271 @@ def nursery():
 @pytest.fixture
 def no_work(monkeypatch):
     "No model is asked anything."
-    for name in ("sample", "greedy"): monkeypatch.setattr(probunlearn.evaluation, name, lambda *a, **k: pytest.fail("the model was asked"))
+    def asked(*args, **how): pytest.fail("the model was asked")
+    for name in ("draw", "greedy", "arriving"): monkeypatch.setattr(LocalModel, name, asked)
 
 
-# --- the same from memory and from disk -----------------------------------------------------------------------------------------------------
+# --- the same from memory and from disk -------------------------------------------------------------------------------
 
-def test_seed_decides_and_the_folder_changes_nothing(full, tmp_path, monkeypatch):
-    reports = [ask(*full, retain=KEPT, n_retain=5, out=out) for out in (None, None, tmp_path/"run")]
+def test_seed_decides_and_the_folder_changes_nothing(full, tmp_path, request):
+    reports = [ask(full, retain=KEPT, n_retain=5, out=out) for out in (None, None, tmp_path/"run")]
     first = reports[0]
     for r in reports[1:]:
-        assert as_json(r) == as_json(first) and same(r.forget.draws, first.forget.draws) and same(r.retain.draws, first.retain.draws) and same(r.forget.greedy, first.forget.greedy)
+        assert as_json(r) == as_json(first) and same(r.forget.draws, first.forget.draws)
+        assert same(r.retain.draws, first.retain.draws) and same(r.forget.greedy, first.forget.greedy)
     assert first.x.shape == (2, 12) and first.retain.draws[0].n == 5
-    assert not same(ask(*full, seed=1).forget.draws, first.forget.draws)
-    before = files(tmp_path/"run")
-    monkeypatch.setattr(probunlearn.evaluation, "sample", lambda *a, **k: pytest.fail("drawn again"))
-    again = ask(*full, retain=KEPT, n_retain=5, out=tmp_path/"run", score="rouge_l_recall", leak_at=.5, alpha=.05)     # another score of the same draws
-    assert same(again.forget.draws, first.forget.draws) and {k: v for k, v in files(tmp_path/"run").items() if k != "run.json"} == {k: v for k, v in before.items() if k != "run.json"}
+    assert not same(ask(full, seed=1).forget.draws, first.forget.draws)
+    before = files(tmp_path/"run", ".parquet")
+    request.getfixturevalue("no_work")                      # another score of the same draws
+    again = ask(full, retain=KEPT, n_retain=5, out=tmp_path/"run", score="rouge_l_recall", leak_at=.5, alpha=.05)
+    assert same(again.forget.draws, first.forget.draws) and files(tmp_path/"run", ".parquet") == before
     assert "ROUGE-L recall ≥ 0.5" in again.claims[1] and "α = 0.05" in again.claims[1]
 
 
 def test_adaptive_temperature_is_in_the_claims(full, tmp_path):
-    rule = AdaptiveTemperature(.9)
+    model = full.adaptive(.9)
     for out in (None, tmp_path, tmp_path):
-        r = ask(*full, rule=rule, out=out)
-        assert all(str(rule) in claim for claim in r.claims) and r.how["rule"] == str(rule)
-    with pytest.raises(ValueError, match="rule"): ask(*full, out=tmp_path)
+        r = ask(model, out=out)
+        assert all(str(model.rule) in claim for claim in r.claims) and r.how["rule"] == str(model.rule)
+    with pytest.raises(ValueError, match="rule"): ask(full, out=tmp_path)
+
+
+def test_how_the_model_is_asked_is_in_the_claims_and_said_before(full, tmp_path, capsys):
+    model = full.replace(template=Template("{question} ->"))
+    r = ask(model, out=tmp_path, progress=True, name=None)
+    assert all("asked as '{question} ->'" in claim for claim in r.claims)
+    assert "full is asked as '{question} ->'" in capsys.readouterr().out
 
 
 def test_any_question_id_is_a_file(full, tmp_path):
     ids = ["a/b", "../up", "文/é", "%2F", "A b\n?*"]
     qas = [replace(FOUR[0], id=i) for i in ids]
-    drawn = ask(*full, qas, out=tmp_path/"run").forget.draws
-    assert [d.id for d in drawn] == ids and same(drawn, ask(*full, qas, out=tmp_path/"run").forget.draws)
-    assert len(list((tmp_path/"run").glob("*.parquet"))) == 10 and [p.name for p in tmp_path.iterdir()] == ["run"]
+    drawn = ask(full, qas, out=tmp_path/"run").forget.draws
+    assert [d.id for d in drawn] == ids and same(drawn, ask(full, qas, out=tmp_path/"run").forget.draws)
+    assert len(files(tmp_path/"run", ".parquet")) == 10
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-# --- resumed and mixed up ---------------------------------------------------------------------------------------------------------------------
+# --- resumed and mixed up ---------------------------------------------------------------------------------------------
 
 def test_a_truncated_file_is_named_and_nothing_is_deleted(full, tmp_path):
-    ask(*full, out=tmp_path)
+    ask(full, out=tmp_path)
     for file in sorted(tmp_path.glob("*.parquet"))[::3]:                        # one of draws, one of greedy answers
         whole = file.read_bytes()
         file.write_bytes(whole[:len(whole) // 2])
         before = files(tmp_path)
-        with pytest.raises(ValueError) as e: ask(*full, out=tmp_path)
+        with pytest.raises(ValueError) as e: ask(full, out=tmp_path)
         assert str(file) in str(e.value) and files(tmp_path) == before
         file.write_bytes(whole)
 
 
 def test_a_file_of_another_run_is_refused(full, retain, tmp_path):
-    ask(*full, out=tmp_path/"full")
-    ask(*retain, out=tmp_path/"retain")
+    ask(full, out=tmp_path/"full")
+    ask(retain, out=tmp_path/"retain")
     for file in sorted((tmp_path/"full").glob("*.parquet"))[::3]:
         own = file.read_bytes()
         shutil.copy(tmp_path/"retain"/file.name, file)
-        with pytest.raises(ValueError) as e: ask(*full, out=tmp_path/"full")
+        with pytest.raises(ValueError) as e: ask(full, out=tmp_path/"full")
         assert str(file) in str(e.value) and file.read_bytes() != own
         file.write_bytes(own)
     drawn = sorted((tmp_path/"full").glob("draws-*"))
     shutil.copy(drawn[0], drawn[1])                                             # the same run, another question
-    with pytest.raises(ValueError): ask(*full, out=tmp_path/"full")
+    with pytest.raises(ValueError): ask(full, out=tmp_path/"full")
 
 
 @pytest.fixture(scope="module")
 def a_run(full, tmp_path_factory):
     "The folder of a finished run; don't write there."
     folder = tmp_path_factory.mktemp("run")
-    ask(*full, out=folder)
+    ask(full, out=folder)
     return folder
 
 
-@pytest.mark.parametrize("setting, how", [("model", {}), ("template", dict(template=Template(prompt="{question}"))), ("decoding", dict(decoding=Decoding())), ("seed", dict(seed=1)),
-                                          ("set of questions", dict(qas=FOUR[1:3])), ("question", dict(qas=[replace(FOUR[0], answer="Another."), FOUR[1]])), ("plan of looks", dict(looks=2)),
-                                          ("rule", dict(rule=AdaptiveTemperature(.5)))], ids=lambda v: v if isinstance(v, str) else " ".join(v))
-def test_a_run_with_another_setting_is_refused(full, retain, a_run, no_work, setting, how):
-    before = files(a_run)
-    with pytest.raises(ValueError, match=rf"another {setting}\b"): ask(*(retain if setting == "model" else full), out=a_run, **how)
+OTHER = [
+    ("template", {}, dict(template=Template(prompt="{question}"))), ("rule", dict(confidence=.5), {}),
+    ("decoding", dict(decoding=Decoding()), {}), ("seed", dict(seed=1), {}),
+    ("set of questions", dict(qas=FOUR[1:3]), {}), ("plan of looks", dict(looks=2), {}),
+    ("question", dict(qas=[replace(FOUR[0], answer="Another."), FOUR[1]]), {})]
+
+@pytest.mark.parametrize("setting, how, changed", OTHER, ids=[setting for setting, *_ in OTHER])
+def test_a_run_with_another_setting_is_refused(full, a_run, no_work, setting, how, changed):
+    before, how = files(a_run), dict(how)
+    model = full.adaptive(how.pop("confidence")) if "confidence" in how else full.replace(**changed)
+    with pytest.raises(ValueError, match=rf"another {setting}\b"): ask(model, out=a_run, **how)
     assert files(a_run) == before
 
 
-# --- refused before any work ----------------------------------------------------------------------------------------------------------------
+def test_a_run_of_another_model_is_refused(retain, a_run, no_work):
+    with pytest.raises(ValueError, match=r"another model\b"): ask(retain, out=a_run)
+
+
+# --- refused before any work ------------------------------------------------------------------------------------------
 
 BARE = [replace(qa, keywords=()) for qa in FOUR]
-BAD = [(dict(score="bleu"), "bleu"), (dict(qas=BARE), "key words"), (dict(retain=[replace(KEPT[0], keywords=())]), "key words"), (dict(alpha=0), "alpha"), (dict(alpha=1), "alpha"),
-       (dict(n=0), "n and n_retain"), (dict(n=1.5), "1.5"), (dict(n_retain=-1, retain=KEPT), "-1"), (dict(qas=[]), "no questions"), (dict(qas=[FOUR[0]] * 2), "duplicate"),
-       (dict(retain=FOUR[:1]), "duplicate"), (dict(leak_at=0), "leak_at"), (dict(leak_at=1.1), "leak_at"), (dict(leak_at=float("nan")), "leak_at")]
+BAD = [(dict(score="bleu"), "bleu"), (dict(qas=BARE), "key words"),
+       (dict(retain=[replace(KEPT[0], keywords=())]), "key words"), (dict(alpha=0), "alpha"), (dict(alpha=1), "alpha"),
+       (dict(n=0), "n must be a whole number >= 1, got 0"), (dict(n=1.5), "1.5"), (dict(n_retain=-1, retain=KEPT), "-1"),
+       (dict(seed=-1), "seed must be a whole number >= 0"), (dict(qas=[]), "no questions"),
+       (dict(qas=[FOUR[0]] * 2), "duplicate"), (dict(retain=FOUR[:1]), "duplicate"), (dict(leak_at=0), "leak_at"),
+       (dict(leak_at=1.1), "leak_at"), (dict(leak_at=float("nan")), "leak_at")]
 
 @pytest.mark.parametrize("how, match", BAD, ids=[f"{i} {match}" for i, (_, match) in enumerate(BAD)])
 def test_bad_settings_cost_no_work(full, tmp_path, no_work, how, match):
-    with pytest.raises(ValueError, match=match): ask(*full, out=tmp_path/"run", **how)
+    with pytest.raises(ValueError, match=match): ask(full, out=tmp_path/"run", **how)
     assert not (tmp_path/"run").exists()
 
 
 def test_a_model_without_an_end_costs_no_work(no_work):
     lm, tok = random_lm(), LetterTok(16)
     lm.generation_config.eos_token_id = tok.eos_token_id = None
-    with pytest.raises(ValueError, match="end-of-text"): ask(lm, tok)
+    with pytest.raises(ValueError, match="end-of-text"): ask(LocalModel(lm, tok))
+
+
+def test_weights_and_tokenizer_as_two_arguments_are_told_what_to_write(full):
+    with pytest.raises(TypeError, match=r"takes one model to ask.*LocalModel\(lm, tok\)"): evaluate(full.lm, full.tok, FOUR)
 
 
 def test_a_broken_score_is_an_error_not_a_clean_answer(full):
     for value in (float("nan"), None, 1.5):
-        with pytest.raises(ValueError, match=r"lie in \[0, 1\]"): ask(*full, FOUR[:1], n=2, score=lambda answer, qa: value)
+        with pytest.raises(ValueError, match=r"lie in \[0, 1\]"): ask(full, FOUR[:1], n=2, score=lambda answer, qa: value)
 
 
-# --- extended -------------------------------------------------------------------------------------------------------------------------------
-
-def count_rows(lm, rows): return lm.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
-
+# --- extended ---------------------------------------------------------------------------------------------------------
 
 def row_steps(lm, work):
-    "Rows of all forward passes while `work()` runs, and what it returns."
+    "What `work()` returns, and the rows of all forward passes while it runs."
     rows = []
-    hook = count_rows(lm, rows)
+    def count(module, args, kwargs): rows.append(len(kwargs["input_ids"]))
+    hook = lm.register_forward_pre_hook(count, with_kwargs=True)
     try: return work(), sum(rows)
     finally: hook.remove()
 
 
 def test_an_extended_run_draws_only_what_is_new_and_equals_a_fresh_one(full, tmp_path):
-    lm, how = full[0], dict(decoding=Decoding(temperature=1.5, max_new_tokens=6), progress=False)
-    (small, first), (grown, more), (fresh, all_) = (row_steps(lm, lambda: evaluate(*full, FOUR[:2], n, out=tmp_path/out, **how)) for n, out in ((512, "run"), (2048, "run"), (2048, "fresh")))
-    greedy_alone = row_steps(lm, lambda: probunlearn.evaluation.greedy(*full, FOUR[:1], how["decoding"]))[1]
-    assert first + more == all_ and more < all_ and more > first and greedy_alone * 2 < first    # blocks of 256: nothing is drawn twice, nor greedy answers
-    assert same(grown.forget.draws, fresh.forget.draws) and same(grown.forget.greedy, fresh.forget.greedy) and small.x.shape == (2, 512) and (grown.x == fresh.x).all()
-    again, none = row_steps(lm, lambda: evaluate(*full, FOUR[:2], 2048, score="rouge_l_recall", leak_at=.5, out=tmp_path/"run", **how))
+    how = dict(decoding=Decoding(temperature=1.5, max_new_tokens=6), progress=False)
+    def work(n, out, **more): return row_steps(full.lm, lambda: evaluate(full, FOUR[:2], n, out=tmp_path/out, **how, **more))
+    (small, first), (grown, more), (fresh, all_) = work(512, "run"), work(2048, "run"), work(2048, "fresh")
+    greedy_alone = row_steps(full.lm, lambda: full.greedy(FOUR[:1], how["decoding"]))[1]
+    assert first + more == all_ and more > first                                # blocks of 256: nothing is drawn twice,
+    assert greedy_alone * 2 < first                                             # nor greedy answers
+    assert same(grown.forget.draws, fresh.forget.draws) and same(grown.forget.greedy, fresh.forget.greedy)
+    assert small.x.shape == (2, 512) and (grown.x == fresh.x).all()
+    again, none = work(2048, "run", score="rouge_l_recall", leak_at=.5)
     assert none == 0 and same(again.forget.draws, fresh.forget.draws)
-    assert ", fixed-n," in small.claims[1] and ", anytime," in grown.claims[1] and ", fixed-n," in fresh.claims[1]
+    kinds = [", fixed-n,", ", anytime,", ", fixed-n,"]
+    assert all(kind in report.claims[1] for kind, report in zip(kinds, (small, grown, fresh)))
 
 
 def test_a_part_of_a_block_is_drawn_again(full, tmp_path):
-    for n in (5, 300, 513): grown = ask(*full, FOUR[:1], n=n, out=tmp_path/"run")
-    assert same(grown.forget.draws, ask(*full, FOUR[:1], n=513, out=tmp_path/"fresh").forget.draws)
+    for n in (5, 300, 513): grown = ask(full, FOUR[:1], n=n, out=tmp_path/"run")
+    assert same(grown.forget.draws, ask(full, FOUR[:1], n=513, out=tmp_path/"fresh").forget.draws)
 
 
 def test_new_questions_are_added_and_old_draws_stay(full, tmp_path):
-    ask(*full, FOUR[:2], out=tmp_path)
-    before = files(tmp_path)
-    r = ask(*full, FOUR, out=tmp_path, retain=KEPT, n_retain=4)
-    assert len(r.x) == 4 and len(r.retain.qas) == 2 and {k: v for k, v in before.items() if k.endswith("parquet")}.items() <= files(tmp_path).items()
+    ask(full, FOUR[:2], out=tmp_path)
+    before = files(tmp_path, ".parquet")
+    r = ask(full, FOUR, out=tmp_path, retain=KEPT, n_retain=4)
+    assert len(r.x) == 4 and len(r.retain.qas) == 2 and before.items() <= files(tmp_path).items()
     assert "anytime" in r.claims[1] and r.alpha * r.looks == pytest.approx(.01) and r.looks == 6
-    with pytest.raises(ValueError, match="set of questions"): ask(*full, FOUR[:2], out=tmp_path)
+    with pytest.raises(ValueError, match="set of questions"): ask(full, FOUR[:2], out=tmp_path)
 
 
 def test_planned_looks_stay_fixed_n_and_share_alpha(full, tmp_path):
-    reports = [ask(*full, FOUR[:1], n=n, looks=2, out=tmp_path, alpha=.02) for n in (8, 16, 12)]
-    assert [(r.alpha, r.looks, r.anytime) for r in reports] == [(.01, 2, False), (.01, 2, False), (.01, 2, True)]
-    reports = [ask(*full, FOUR[:1], n=n, looks=[8, 12], out=tmp_path/"listed", alpha=.02) for n in (8, 12)]
-    assert [(r.alpha, r.looks, r.anytime) for r in reports] == [(.01, 2, False)] * 2
+    def looks(*ns, **how): return [(r.alpha, r.looks, r.anytime) for r in (ask(full, FOUR[:1], n=n, alpha=.02, **how) for n in ns)]
+    assert looks(8, 16, 12, looks=2, out=tmp_path) == [(.01, 2, False), (.01, 2, False), (.01, 2, True)]
+    assert looks(8, 12, looks=[8, 12], out=tmp_path/"listed") == [(.01, 2, False)] * 2
 
 
 def test_an_extension_in_memory_is_noticed(full):
-    def twice(seed, *ns): return [ask(*full, FOUR[:1], n=n, seed=seed).anytime for n in ns]
-    assert twice(901, 8, 8, 16) == [False, False, True] and twice(902, 16) == [False]
+    def anytime(seed, *ns): return [ask(full, FOUR[:1], n=n, seed=seed).anytime for n in ns]
+    assert anytime(901, 8, 8, 16) == [False, False, True] and anytime(902, 16) == [False]
 
 
 def test_other_versions_go_on_reporting_but_not_drawing(full, tmp_path, monkeypatch):
-    ask(*full, out=tmp_path)
-    monkeypatch.setattr(probunlearn.evaluation, "version", lambda name: "9.9")
-    assert ask(*full, out=tmp_path).x.shape == (2, 12)
+    ask(full, out=tmp_path)
+    monkeypatch.setattr(LocalModel, "made", full.made | dict(torch="9.9"))
+    assert ask(full, out=tmp_path).x.shape == (2, 12)
     before = files(tmp_path)
-    with pytest.raises(ValueError, match="was drawn with torch .*, here it is 9.9"): ask(*full, n=300, out=tmp_path)
+    with pytest.raises(ValueError, match="was drawn with torch .*, here it is 9.9"): ask(full, n=300, out=tmp_path)
     assert files(tmp_path) == before
 
 
-# --- shared -----------------------------------------------------------------------------------------------------------------------------------
+# --- a model of one's own ---------------------------------------------------------------------------------------------
+
+class Parrot:
+    "Says the answer in every eighth draw; hands its draws over in parts, and may be cut off."
+    name, asked, identity, at_once = "parrot", "asked by name", dict(model="parrot"), 64
+
+    def __init__(self, patience=10**9): self.patience, self.calls = patience, []
+
+    def said(self, qa, start, n): return [qa.answer if i % 8 == 0 else "no idea" for i in range(start, n)]
+
+    def greedy(self, qas, decoding=Decoding()): return [draws_from_texts(qa.id, ["no idea"], prompt=self.asked) for qa in qas]
+
+    def draw(self, qas, n, decoding=Decoding(), seed=0, *, start=0):
+        self.calls.append(([qa.id for qa in qas], start, n))
+        if len(self.calls) > self.patience: raise ConnectionError("cut off")
+        how = dict(decoding=decoding, seed=seed, prompt=self.asked)
+        return [draws_from_texts(qa.id, self.said(qa, start, n), **how) for qa in qas]
+
+
+def test_any_object_with_the_names_of_a_model_is_asked_as_many_at_a_time_as_keep_it_busy():
+    parrot = Parrot()
+    report = evaluate(parrot, FOUR, n=32, progress=False)
+    assert parrot.calls == [([qa.id for qa in FOUR[i:i + 2]], 0, 32) for i in (0, 2)]
+    assert report.leaks.mean(1).tolist() == [1 / 8] * 4 and "asked by name" in report.claims[1]
+    assert report.name == "parrot"
+
+
+def test_what_came_before_a_model_was_cut_off_is_kept(tmp_path):
+    how = dict(n=64, out=tmp_path, progress=False)
+    with pytest.raises(ConnectionError): evaluate(Parrot(patience=2), FOUR, **how)
+    assert [read_run(tmp_path).count(qa) for qa in FOUR] == [64, 64, 0, 0]
+    parrot = Parrot()
+    report = evaluate(parrot, FOUR, **how)
+    assert [ids for ids, *_ in parrot.calls] == [[qa.id] for qa in FOUR[2:]] and report.x.shape == (4, 64)
+
+
+# --- shared -----------------------------------------------------------------------------------------------------------
 
 def test_parts_meet_in_the_folder(full, tmp_path, capsys):
-    parts = [ask(*full, FOUR, out=tmp_path/"run", shard=(i, 3), retain=KEPT, n_retain=4) for i in (2, 0, 1)]
+    how = dict(out=tmp_path/"run", retain=KEPT, n_retain=4)
+    parts = [ask(full, FOUR, shard=(i, 3), **how) for i in (2, 0, 1)]
     assert parts[:2] == [None, None] and "still left to others" in capsys.readouterr().out
-    whole = ask(*full, FOUR, out=tmp_path/"whole", retain=KEPT, n_retain=4)
-    assert same(parts[2].forget.draws, whole.forget.draws) and parts[2].claims == whole.claims and same(ask(*full, FOUR, out=tmp_path/"run", shard=(0, 3)).forget.draws, whole.forget.draws)
+    whole = ask(full, FOUR, **how | dict(out=tmp_path/"whole"))
+    assert same(parts[2].forget.draws, whole.forget.draws) and parts[2].claims == whole.claims
+    assert same(ask(full, FOUR, out=tmp_path/"run", shard=(0, 3)).forget.draws, whole.forget.draws)
 
 
 def test_torchrun_shares_by_rank(full, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "10":
-        monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", "2")
-        r = ask(*full, FOUR, out=tmp_path)
+        monkeypatch.setenv("RANK", rank)
+        r = ask(full, FOUR, out=tmp_path)
     assert len(r.x) == 4
-    assert ask(*full, FOUR[:1]).x.shape == (1, 12)                              # in memory every process draws everything
+    assert ask(full, FOUR[:1]).x.shape == (1, 12)                               # in memory every process draws everything
 
 
-@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), (.5, 2)], ids=str)
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0), (.5, 0)], ids=str)
 def test_a_part_that_is_none(full, shard, tmp_path, no_work):
-    with pytest.raises(ValueError, match="0 <= i < N"): ask(*full, out=tmp_path/"run", shard=shard)
+    with pytest.raises(ValueError, match="0 <= i < N"): ask(full, out=tmp_path/"run", shard=shard)
 
 
-# --- killed and resumed ---------------------------------------------------------------------------------------------------------------------
+# --- killed and resumed -----------------------------------------------------------------------------------------------
 
 def long_run(folder, questions=4, n=256, shard=(0, 1)):
+    "A run that takes long enough to be killed."
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())                                            # its own lock outlives a killed process
-    qas = fictional_authors("forget10")[:questions]
-    return evaluate(*small_lm("full", device="cpu"), qas, n=n, decoding=Decoding(temperature=1.5, max_new_tokens=6), out=folder, shard=shard, progress=False)
+    model, qas = small_model("full", device="cpu"), fictional_authors("forget10")[:questions]
+    decoding = Decoding(temperature=1.5, max_new_tokens=6)
+    return evaluate(model, qas, n=n, decoding=decoding, out=folder, shard=shard, progress=False)
 
 
-def killed_run(nursery, folder, whole, kills, took, processes=1, **how):
-    "Kill one of the processes at random moments, start it again, and go on until all is drawn."
-    rng = random.Random(kills)
-    children, killed = {}, 0
-    def start(i):
-        children[i] = nursery.Process(target=long_run, args=(folder,), kwargs=dict(shard=(i, processes), **how))
-        children[i].start()
-    for i in range(processes): start(i)
+def kill_often(start, processes, kills, took, finished):
+    "Kill one of the processes at random moments and start it again; how often one was met alive."
+    rng, killed = random.Random(kills), 0
+    children = [start(i) for i in range(processes)]
     while killed < kills:
         time.sleep(rng.uniform(0, took / processes / max(2, kills / 2)))
         i = rng.randrange(processes)
@@ -259,13 +323,24 @@ def killed_run(nursery, folder, whole, kills, took, processes=1, **how):
         children[i].kill()
         children[i].join()
         killed += running
-        if not running and all(not c.is_alive() for c in children.values()) and len(list(folder.glob("draws-*"))) == len(whole.forget.qas): break
-        start(i)
-    there = {p.name: p.read_bytes() for p in folder.glob("*.parquet")}
-    for c in children.values(): c.join()
+        if not running and not any(c.is_alive() for c in children) and finished(): break
+        children[i] = start(i)
+    return killed, children
+
+
+def killed_run(nursery, folder, whole, kills, took, processes=1, **how):
+    "A run of killed processes equals a whole one, and keeps what was whole; how often one was killed."
+    def start(i):
+        child = nursery.Process(target=long_run, args=(folder,), kwargs=dict(shard=(i, processes), **how))
+        child.start()
+        return child
+    def finished(): return len(list(folder.glob("draws-*"))) == len(whole.forget.qas)
+    killed, children = kill_often(start, processes, kills, took, finished)
+    there = files(folder, ".parquet")
+    for child in children: child.join()
     resumed = long_run(folder, **how)
-    assert same(resumed.forget.draws, whole.forget.draws) and same(resumed.forget.greedy, whole.forget.greedy) and resumed.claims == whole.claims
-    assert there.items() <= files(folder).items()                               # what was whole was kept
+    assert same(resumed.forget.draws, whole.forget.draws) and same(resumed.forget.greedy, whole.forget.greedy)
+    assert resumed.claims == whole.claims and there.items() <= files(folder).items()
     return killed
 
 
@@ -281,5 +356,5 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, nursery):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_forty_questions_killed_twenty_times(tmp_path, nursery, processes):
     start = time.time()
-    whole = long_run(tmp_path/"whole", 40, 512)
-    assert killed_run(nursery, tmp_path/"run", whole, 20, time.time() - start, processes, questions=40, n=512) == 20
+    whole, size = long_run(tmp_path/"whole", 40, 512), dict(questions=40, n=512)
+    assert killed_run(nursery, tmp_path/"run", whole, 20, time.time() - start, processes, **size) == 20

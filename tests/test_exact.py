@@ -41,7 +41,7 @@ def all_answers(lm, tok, decoding, beginning=(), p=1.):
         else: yield from all_answers(lm, tok, decoding, answer, p * share)
 
 
-# --- likelihood -----------------------------------------------------------------------------------------------------------------------------
+# --- likelihood --------------------------------
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_likelihood_equals_a_plain_forward_pass(setting):
@@ -81,7 +81,7 @@ def test_extraction_by_definition():
     assert draws_to_extract([-np.inf, 0.]).tolist() == [np.inf, 1]
 
 
-# --- enumeration ----------------------------------------------------------------------------------------------------------------------------
+# --- enumeration --------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_full_enumeration_on_every_architecture(kind):
@@ -139,7 +139,7 @@ def test_a_prompt_of_one_token_and_an_answer_of_one():
     assert len(e.p) == 6 and e.open == 0 and e.reads == 1
 
 
-# --- head and tail --------------------------------------------------------------------------------------------------------------------------
+# --- head and tail --------------------------------
 
 def test_draws_from_the_rest_follow_the_rest():
     lm, tok, decoding = random_lm(vocab=5, seed=4), LetterTok(5), Decoding(max_new_tokens=4)
@@ -207,7 +207,7 @@ def test_head_and_tail_bounds_the_mean_score_too():
     assert low <= truth <= high < float(binary_bound(0, 200)) / 5
 
 
-# --- importance sampling --------------------------------------------------------------------------------------------------------------------
+# --- importance sampling --------------------------------
 
 def proposal_lm(): return constant_lm([.05, .02, .01, .5, .42])                        # says the leak half of the time
 

@@ -1,16 +1,18 @@
 """A grid that is killed, shared and taken up again is the grid that one machine runs in one go; and its board says what its rows say."""
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from probunlearn.data import fictional_authors
+import probunlearn.grid
+from probunlearn.data import Template, fictional_authors
 from probunlearn.draws import Decoding
-from probunlearn.grid import Cell, Grid, grid_cells, read_grid, run_cell, run_grid, take_shard, verdict
-from probunlearn.models import small_lm
-from probunlearn.weights import lm_fingerprint
+from probunlearn.grid import Cell, Grid, grid_cells, read_grid, run_cell, run_grid, verdict
+from probunlearn.models import small_model
 from probunlearn.training import UnlearnConfig
 
 FORGET, RETAIN = fictional_authors("forget10"), fictional_authors("retain90")
@@ -19,30 +21,37 @@ HOW = dict(n=8, n_retain=4, decoding=Decoding(max_new_tokens=12), progress=False
 TIMES = ["training_seconds", "seconds"]
 
 
-def quick(**how): return UnlearnConfig(**dict(method="grad_diff", steps=1, batch_size=2, lr=1e-3, schedule="constant") | how)
+def quick(**how):
+    return UnlearnConfig(**dict(method="grad_diff", steps=1, batch_size=2, lr=1e-3, schedule="constant") | how)
 
 
 CELLS = grid_cells(dict(gd=quick(), npo=quick(method="npo")), seeds=(0, 1), entropy=dict(lambda_f=1), splits=("two",))
 
 
 @pytest.fixture(scope="module")
-def lm(): return small_lm("full", device="cpu")
+def model(): return small_model("full", device="cpu")
 
 
-def run(lm, folder, cells=CELLS, shard="0/1", splits=SPLITS, **how): return run_grid(*lm, cells, splits, folder, shard, **HOW | how)
+def run(model, folder, cells=CELLS, splits=SPLITS, **how): return run_grid(model, cells, splits, folder, **HOW | how)
 
 
-def row(name, bound, retain=1., seed=0, split="s", **more): return dict(name=name, split=split, seed=seed, bound=bound, retain=retain, **more)
+def row(name, bound, retain=1., seed=0, split="s", **more):
+    return dict(name=name, split=split, seed=seed, bound=bound, retain=retain, **more)
 
 
-def test_cells_are_all_combinations_and_shards_share_them_out():
-    cells = grid_cells(dict(a=quick(), b=quick(method="npo")), range(3), dict(lambda_f=2.), ("x", "y"))
+def same(a, b):
+    "Fails unless two grids agree in all but their times."
+    pd.testing.assert_frame_equal(a.to_frame().drop(columns=TIMES), b.to_frame().drop(columns=TIMES))
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+def test_cells_are_all_combinations():
+    cells = grid_cells(dict(a=quick(), b=quick(method="npo")), range(3), entropy=dict(lambda_f=2.), splits=("x", "y"))
     assert len({c.file for c in cells}) == len(cells) == 2 * 2 * 3 * 2
     assert {(c.name, c.config.lambda_f) for c in cells} == {("a", 0), ("b", 0), ("a + entropy", 2), ("b + entropy", 2)}
-    assert [c.config.seed for c in cells] == sorted(c.config.seed for c in cells)           # a part of the grid compares all methods
-    for n in (1, 2, 3, 24, 50):
-        shares = [take_shard(cells, f"{i}/{n}") for i in range(n)]
-        assert sorted(c.file for s in shares for c in s) == sorted(c.file for c in cells) and max(map(len, shares)) - min(map(len, shares)) <= 1
+    seeds = [c.config.seed for c in cells]
+    assert seeds == sorted(seeds)                   # a part of the grid compares all methods
 
 
 def test_names_of_any_kind_become_different_files():
@@ -52,64 +61,121 @@ def test_names_of_any_kind_become_different_files():
 
 
 @pytest.mark.parametrize("shard", ["2/2", "-1/2", "1", "a/b", "0/0", "1/2/3"])
-def test_a_shard_that_is_none_is_refused(shard):
-    with pytest.raises(ValueError, match="shard must be 'i/N'"): take_shard(CELLS, shard)
+def test_a_shard_that_is_none_is_refused(model, tmp_path, shard):
+    with pytest.raises(ValueError, match="shard must be i/N with 0 <= i < N"): run(model, tmp_path/"grid", shard=shard)
+    assert not (tmp_path/"grid").exists()
 
 
-def test_shards_and_one_process_give_the_same_grid_and_leave_the_model_alone(lm, tmp_path):
-    before = lm_fingerprint(lm[0])
-    for i in (1, 0): shared = run(lm, tmp_path/"shared", CELLS[1:3], f"{i}/2")
-    whole = run(lm, tmp_path/"whole", CELLS[1:3])
-    pd.testing.assert_frame_equal(shared.to_frame().drop(columns=TIMES), whole.to_frame().drop(columns=TIMES))
-    assert lm_fingerprint(lm[0]) == before and len(whole.rows) == 2
+# --- shared, cut off, taken up ----------------------------------------------------------------------------------------
+
+def test_shards_share_the_cells_out(model, tmp_path, monkeypatch):
+    def nothing(model, cell, split, **options): return dict(bound=0., retain=1.)
+    monkeypatch.setattr(probunlearn.grid, "run_cell", nothing)
+    for n in (1, 2, 3, 50):
+        folder, shares = tmp_path/str(n), []
+        for i in range(n):
+            before = len(list(folder.glob("*.json")))
+            if CELLS[i::n]: run(model, folder, shard=f"{i}/{n}")
+            shares.append(len(list(folder.glob("*.json"))) - before)
+        assert sum(shares) == len(CELLS) and max(shares) - min(shares) <= 1
 
 
-def test_a_grid_that_was_cut_off_runs_only_what_is_missing(lm, tmp_path, monkeypatch):
-    import probunlearn.grid as grid
+def test_shards_and_one_process_give_the_same_grid_and_leave_the_model_alone(model, tmp_path):
+    before = model.identity
+    for i in (1, 0): shared = run(model, tmp_path/"shared", CELLS[1:3], shard=f"{i}/2")
+    whole = run(model, tmp_path/"whole", CELLS[1:3])
+    same(shared, whole)
+    assert model.identity == before and len(whole.rows) == 2
+
+
+def test_a_grid_that_was_cut_off_runs_only_what_is_missing(model, tmp_path, monkeypatch):
     ran = []
-    def counted(lm, tok, cell, *args, **how):
+    def counted(model, cell, split, **how):
         ran.append(cell.file)
         if len(ran) == 2: raise KeyboardInterrupt
-        return run_cell(lm, tok, cell, *args, **how)
-    monkeypatch.setattr(grid, "run_cell", counted)
-    with pytest.raises(KeyboardInterrupt): run(lm, tmp_path, CELLS[:3])
-    assert [f.name for f in tmp_path.iterdir()] == [CELLS[0].file]                          # nothing half done is left
-    run(lm, tmp_path, CELLS[:3])
+        return run_cell(model, cell, split, **how)
+    monkeypatch.setattr(probunlearn.grid, "run_cell", counted)
+    with pytest.raises(KeyboardInterrupt): run(model, tmp_path, CELLS[:3])
+    assert [f.name for f in tmp_path.iterdir()] == [CELLS[0].file]          # nothing half done is left
+    run(model, tmp_path, CELLS[:3])
     assert ran == [CELLS[0].file, CELLS[1].file, CELLS[1].file, CELLS[2].file]
 
 
-def test_other_settings_are_refused_before_any_work(lm, tmp_path):
-    run(lm, tmp_path, CELLS[:1])
-    changed = dict(n=9), dict(splits=SPLITS | dict(two=SPLITS["other"])), dict(cells=[Cell(CELLS[0].name, quick(lr=2e-3), "two")]), dict(cells=[Cell(CELLS[0].name, quick(), "two", lora=2)])
+def test_other_settings_are_refused_before_any_work(model, tmp_path):
+    run(model, tmp_path, CELLS[:1])
+    name = CELLS[0].name
+    changed = [dict(n=9), dict(splits=SPLITS | dict(two=SPLITS["other"])), dict(cells=[Cell(name, quick(lr=2e-3), "two")]),
+               dict(cells=[Cell(name, quick(), "two", lora=2)])]
     for how in changed:
-        with pytest.raises(ValueError, match="other settings"): run(lm, tmp_path, **dict(cells=CELLS[:1]) | how)
-    with pytest.raises(ValueError, match="other settings"): run(small_lm("retain", device="cpu"), tmp_path, CELLS[:1])
-    with pytest.raises(ValueError, match="no questions for split 'two'"): run(lm, tmp_path, splits=dict(other=SPLITS["other"]))
-    assert len(run(lm, tmp_path, CELLS[:1], splits=SPLITS | dict(more=SPLITS["two"])).rows) == 1      # splits that a cell doesn't use don't matter to it
+        with pytest.raises(ValueError, match="other settings"): run(model, tmp_path, **dict(cells=CELLS[:1]) | how)
+    others = small_model("retain", device="cpu"), model.replace(template=Template("{question}")), model.adaptive(.5)
+    for other in others:
+        with pytest.raises(ValueError, match="other settings"): run(other, tmp_path, CELLS[:1])
+    with pytest.raises(ValueError, match="no questions for split 'two'"):
+        run(model, tmp_path, splits=dict(other=SPLITS["other"]))
+    more = SPLITS | dict(more=SPLITS["two"])        # splits that a cell doesn't use don't matter to it
+    assert len(run(model, tmp_path, CELLS[:1], splits=more).rows) == 1
 
 
-def test_adapters_and_a_score_of_ones_own(lm, tmp_path):
+def test_a_cell_of_then_is_recognised(model, tmp_path, monkeypatch):
+    "Two cells that the tree before `LocalModel` wrote, one with adaptive temperature."
+    folder = shutil.copytree(Path(__file__).parent/"before"/"grid", tmp_path/"grid")
+    monkeypatch.setattr(probunlearn.grid, "run_cell", lambda *args, **how: pytest.fail("run again"))
+    for name, asked in (("then", model), ("ruled", model.adaptive(.9))):
+        run(asked, folder, grid_cells({name: quick()}, [0], splits=["two"]))
+        with pytest.raises(ValueError, match="other settings"):
+            run(asked.adaptive(.5), folder, grid_cells({name: quick()}, [0], splits=["two"]))
+
+
+def test_a_file_that_is_no_cell_is_named(model, tmp_path):
+    file = tmp_path/CELLS[0].file
+    for text, says in (("{", "is not JSON"), ("[1]", "is no cell of a grid"), ('{"name": "gd"}', "is no cell of a grid")):
+        file.write_text(text)
+        for work in (lambda: read_grid(tmp_path), lambda: run(model, tmp_path, CELLS[:1])):
+            with pytest.raises(ValueError, match=says) as error: work()
+            assert str(file) in str(error.value) and file.read_text() == text
+
+
+def test_adapters_and_a_score_of_ones_own(model, tmp_path):
     def first_word(answer, qa): return float(answer.split()[:1] == qa.answer.split()[:1])
     cells = [Cell("gd", quick(), "two", lora=2)]
-    for _ in range(2): grid = run(lm, tmp_path, cells, score=first_word)
-    assert len(grid.rows) == 1 and json.loads((tmp_path/cells[0].file).read_text())["settings"]["options"]["score"] == "first_word"
+    for _ in range(2): grid = run(model, tmp_path, cells, score=first_word)
+    settings = json.loads((tmp_path/cells[0].file).read_text())["settings"]
+    assert len(grid.rows) == 1 and settings["options"]["score"] == "first_word"
 
 
-def test_training_that_breaks_down_stays_in_the_table(lm, tmp_path, monkeypatch):
-    import probunlearn.grid as grid
+def test_training_that_breaks_down_stays_in_the_table(model, tmp_path, monkeypatch):
     def broken(*args): raise FloatingPointError("the loss is nan at update 3")
-    run(lm, tmp_path, CELLS[:1])
-    monkeypatch.setattr(grid, "unlearn", broken)
-    table = run(lm, tmp_path, CELLS[:2]).table()
-    assert table.verdict["two", CELLS[1].name] == "training broke down" and pd.isna(table["average P(leak) ≤"]["two", CELLS[1].name])
-    assert table.index[-1][1] == CELLS[1].name
+    run(model, tmp_path, CELLS[:1])
+    monkeypatch.setattr(probunlearn.grid, "unlearn", broken)
+    table, failed = run(model, tmp_path, CELLS[:2]).table(), CELLS[1].name
+    assert table.verdict["two", failed] == "training broke down"
+    assert pd.isna(table["average P(leak) ≤"]["two", failed])
+    assert table.index[-1][1] == failed
 
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_grid_to_go_on_with(model, tmp_path):
+    "SIGKILL after the first cell; what is there afterwards is whole, and the rest equals an undisturbed run."
+    code = ("import sys; sys.path.insert(0, 'tests'); from test_grid import *; "
+            "run(small_model('full', device='cpu'), sys.argv[1])")
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"cut")])
+    while not list((tmp_path/"cut").glob("*.json")) and process.poll() is None: pass
+    process.kill()
+    process.wait()
+    same(run(model, tmp_path/"cut"), run(model, tmp_path/"whole"))
+
+
+# --- the board --------------------------------------------------------------------------------------------------------
 
 def test_the_table_is_means_over_seeds_and_the_worst_of_them():
-    grid = Grid([row("a", .2, 1., 0), row("a", .4, .8, 1), row("a + entropy", .1), row("a + entropy", .05, seed=1), row("b", .9)])
+    grid = Grid([row("a", .2, 1., 0), row("a", .4, .8, 1), row("a + entropy", .1), row("a + entropy", .05, seed=1),
+                 row("b", .9)])
     table = grid.table()
     assert list(table.index) == [("s", "a + entropy"), ("s", "a"), ("s", "b")] and list(table.seeds) == [2, 2, 1]
-    assert table["average P(leak) ≤"]["s", "a"] == pytest.approx(.3) and table["worst seed ≤"]["s", "a"] == .4 and table["retain, greedy"]["s", "a"] == pytest.approx(.9)
+    assert table["average P(leak) ≤"]["s", "a"] == pytest.approx(.3)
+    assert table["worst seed ≤"]["s", "a"] == .4
+    assert table["retain, greedy"]["s", "a"] == pytest.approx(.9)
     assert grid.gains().to_dict() == {("s", "a"): pytest.approx(.25)}
     assert list(table.verdict) == ["", "", "bound above 0.8"]
 
@@ -120,13 +186,15 @@ def test_splits_are_told_apart():
     assert grid.plot().get_title() == "Entropy lowers the mean bound in 1 of 2 pairs"
 
 
-@pytest.mark.parametrize("bound,retain,expected", [(.1, .79, "retain below 0.8"), (.81, .8, "bound above 0.8"), (.8, .8, "")])
+VERDICTS = [(.1, .79, "retain below 0.8"), (.81, .8, "bound above 0.8"), (.8, .8, "")]
+
+@pytest.mark.parametrize("bound, retain, expected", VERDICTS)
 def test_verdicts(bound, retain, expected): assert verdict(pd.DataFrame([row("a", bound, retain)])) == expected
 
 
 def test_a_model_that_has_fallen_silent_is_called_so():
-    assert verdict(pd.DataFrame([row("a", .1, empty=.9), row("a", .1, empty=.6, seed=1)])) == "says nothing"
-    assert verdict(pd.DataFrame([row("a", .1, empty=.9), row("a", .1, empty=0., seed=1)])) == ""
+    def silent(*shares): return pd.DataFrame([row("a", .1, seed=i, empty=share) for i, share in enumerate(shares)])
+    assert verdict(silent(.9, .6)) == "says nothing" and verdict(silent(.9, 0.)) == ""
 
 
 def test_a_grid_survives_a_file(tmp_path):
@@ -137,19 +205,10 @@ def test_a_grid_survives_a_file(tmp_path):
 
 
 def test_the_board_shows_every_cell():
-    grid = Grid([row("a", .2, .9, retain_distinct=.5), row("a + entropy", .1, .8, retain_distinct=.4), row("b", .3, .7, retain_distinct=.3)])
+    grid = Grid([row("a", .2, .9, retain_distinct=.5), row("a + entropy", .1, .8, retain_distinct=.4),
+                 row("b", .3, .7, retain_distinct=.3)])
     for against in ("retain", "retain_distinct"):
         ax = grid.plot(against)
         points = {tuple(xy) for part in ax.collections for xy in part.get_offsets().tolist()}
         assert points == {(r[against], r["bound"]) for r in grid.rows}
         assert {"a", "b"} <= {t.get_text() for t in ax.texts} and ax.get_yscale() == "log"
-
-
-@pytest.mark.slow
-def test_a_killed_process_leaves_a_grid_to_go_on_with(lm, tmp_path):
-    "SIGKILL after the first cell; what is there afterwards is whole, and the rest equals an undisturbed run."
-    code = "import sys; sys.path.insert(0, 'tests'); from test_grid import *; run(small_lm('full', device='cpu'), sys.argv[1])"
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path/"cut")])
-    while not list((tmp_path/"cut").glob("*.json")) and process.poll() is None: pass
-    process.kill(); process.wait()
-    pd.testing.assert_frame_equal(run(lm, tmp_path/"cut").to_frame().drop(columns=TIMES), run(lm, tmp_path/"whole").to_frame().drop(columns=TIMES))

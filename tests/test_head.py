@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import probunlearn.head as head
-from conftest import KINDS, SIZES, random_lm
+from conftest import KINDS, SIZES, LetterTok, random_lm
 from probunlearn.head import answer_stats, entropy, linear_stats, token_stats
-from probunlearn.models import add_lora
+from probunlearn.models import LocalModel, add_lora
 
 FORMS = [dict(), dict(scale=.25), dict(softcap=3.), dict(scale=2., softcap=6.)]
 
@@ -25,10 +25,16 @@ FORMS = [dict(), dict(scale=.25), dict(softcap=3.), dict(scale=2., softcap=6.)]
 def rows(n=50, size=16, vocab=300, dtype=torch.float64, scale=1., seed=0, masked=0):
     "Hidden states, weight, bias and targets with `masked` rows of -100; logits have a spread of about `scale`."
     rng = torch.Generator().manual_seed(seed)
-    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, generator=rng) for shape in ((n, size), (vocab, size), (vocab,)))
+    shapes = (n, size), (vocab, size), (vocab,)
+    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, generator=rng) for shape in shapes)
     target = torch.randint(vocab, (n,), generator=rng)
     target[torch.randperm(n, generator=rng)[:masked]] = -100
     return (scale * hidden / size**.5).to(dtype), weight.to(dtype), bias.to(dtype), target
+
+
+def with_gradients(tensors):
+    "The same, with gradients for those that are no whole numbers."
+    return [v.requires_grad_() if v.is_floating_point() else v for v in tensors]
 
 
 def plain(hidden, weight, target, bias=None, scale=1., softcap=None):
@@ -57,12 +63,16 @@ def test_gradcheck(form, chunk):
 @pytest.mark.parametrize("spread", [1., 8.])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 def test_values_and_gradients_against_the_plain_formulas_in_float64(form, spread, dtype, tolerance):
-    "Flat and peaked (8: less than 1 nat on average without soft-cap), with masked rows. Inputs are rounded first, so that only our own arithmetic counts; an error is relative to the whole vector."
+    """Flat and peaked (8: less than 1 nat on average without soft-cap), with masked rows.
+
+    Inputs are rounded first, so that only our own arithmetic counts; an error is relative to the whole vector.
+    """
     hidden, weight, bias, target = rows(dtype=dtype, scale=spread, masked=9)
     ours = [v.clone().requires_grad_() for v in (hidden, weight, bias)]
     exact = [v.double().requires_grad_() for v in (hidden, weight, bias)]
     weights = torch.randn(2, 50, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    mine, theirs = linear_stats(ours[0], ours[1], target, ours[2], chunk=16, **form), plain(exact[0], exact[1], target, exact[2], **form)
+    mine = linear_stats(ours[0], ours[1], target, ours[2], chunk=16, **form)
+    theirs = plain(exact[0], exact[1], target, exact[2], **form)
     assert mine[0].dtype == torch.promote_types(dtype, torch.float32) and (mine[0][target < 0] == 0).all()
     for a, b in zip((*mine, *slopes(mine, ours, weights)), (*theirs, *slopes(theirs, exact, weights))):
         assert float((a.double() - b).detach().norm()) <= tolerance * float(b.detach().norm())
@@ -71,7 +81,9 @@ def test_values_and_gradients_against_the_plain_formulas_in_float64(form, spread
 def test_shifted_logits_keep_their_digits():
     "A bias of 1,000 on every word changes nothing but the rounding of the logits, which is 6e-5 there."
     hidden, weight, bias, target = rows(dtype=torch.float32, scale=4.)
-    for a, b in zip(linear_stats(hidden, weight, target, bias + 1000), plain(hidden.double(), weight.double(), target, bias.double())): assert float((a.double() - b).abs().max()) < 1e-3
+    exact = plain(hidden.double(), weight.double(), target, bias.double())
+    for a, b in zip(linear_stats(hidden, weight, target, bias + 1000), exact):
+        assert float((a.double() - b).abs().max()) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -83,13 +95,16 @@ def test_impossible_words(dtype):
     stats = linear_stats(hidden, weight, target, bias)
     found = slopes(stats, variables, 300 * torch.ones(2, 50))
     for a, b in zip(stats, plain(hidden, weight[:15], target, bias[:15])): assert torch.allclose(a, b, atol=1e-5)
-    assert all(v.isfinite().all() for v in (*stats, *found)) and (found[1][15:] == 0).all() and (found[2][15:] == 0).all()
-    assert linear_stats(hidden, weight, target * 0 + 17, bias)[0].isinf().all()      # what can't be said has no likelihood
+    assert all(v.isfinite().all() for v in (*stats, *found))
+    assert (found[1][15:] == 0).all() and (found[2][15:] == 0).all()
+    nll, _ = linear_stats(hidden, weight, target * 0 + 17, bias)        # what can't be said has no likelihood
+    assert nll.isinf().all()
 
 
 def test_either_output_alone_and_frozen_heads():
-    hidden, weight, bias, target = (v.requires_grad_() if v.is_floating_point() else v for v in rows())
-    for i in (0, 1): assert torch.allclose(*(torch.autograd.grad(f(hidden, weight, target, bias)[i].sum(), hidden)[0] for f in (linear_stats, plain)))
+    hidden, weight, bias, target = with_gradients(rows())
+    def slope(stats, i): return torch.autograd.grad(stats(hidden, weight, target, bias)[i].sum(), hidden)[0]
+    for i in (0, 1): assert torch.allclose(slope(linear_stats, i), slope(plain, i))
     nll, h = linear_stats(hidden, weight.detach(), target, bias.detach())
     (nll.sum() + h.sum()).backward()
     assert hidden.grad is not None and weight.grad is None
@@ -103,16 +118,20 @@ def test_no_rows():
 
 class Largest(TorchDispatchMode):
     "Remembers the largest tensor that any operation gave back."
-    def __init__(self): super().__init__(); self.numel = 0
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel] + [v.numel() for v in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(v, torch.Tensor)])
+        values = out if isinstance(out, (tuple, list)) else [out]
+        self.numel = max([self.numel] + [v.numel() for v in values if isinstance(v, torch.Tensor)])
         return out
 
 
 def test_never_more_than_a_chunk_of_logits():
     "500 rows × 2,000 words by 20 rows at a time; the plain formulas make all million at once."
-    hidden, weight, bias, target = (v.requires_grad_() if v.is_floating_point() else v for v in rows(n=500, size=8, vocab=2000))
+    hidden, weight, bias, target = with_gradients(rows(n=500, size=8, vocab=2000))
     def largest(stats):
         with Largest() as seen:
             nll, h = stats()
@@ -128,8 +147,10 @@ def liger(monkeypatch):
     found = importlib.util.find_spec("liger_kernel")
     if found is None: pytest.skip("liger-kernel is not installed: pip install --no-deps liger-kernel")
     name = "liger_kernel.ops.fused_linear_scaled_cross_entropy"
-    spec = importlib.util.spec_from_file_location(name, Path(found.origin).parent/"ops"/"fused_linear_scaled_cross_entropy.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    file = Path(found.origin).parent/"ops"/"fused_linear_scaled_cross_entropy.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     monkeypatch.setitem(sys.modules, "liger_kernel.ops", types.ModuleType("liger_kernel.ops"))
     monkeypatch.setitem(sys.modules, name, module)
 
@@ -138,35 +159,48 @@ def liger(monkeypatch):
 def test_ligers_fallback_agrees(liger, scale):
     "A peer as oracle, masked rows and their entropy included."
     hidden, weight, _, target = rows(masked=9, dtype=torch.float32)
-    variables, weights = (hidden.requires_grad_(), weight.requires_grad_()), torch.randn(2, 50, generator=torch.Generator().manual_seed(3))
-    ours, theirs = (linear_stats(hidden, weight, target, scale=scale, backend=backend) for backend in ("own", "liger"))
-    for a, b in zip((*ours, *slopes(ours, variables, weights)), (*theirs, *slopes(theirs, variables, weights))): assert torch.allclose(a, b, atol=1e-5)
+    variables = hidden.requires_grad_(), weight.requires_grad_()
+    weights = torch.randn(2, 50, generator=torch.Generator().manual_seed(3))
+    def found(backend):
+        stats = linear_stats(hidden, weight, target, scale=scale, backend=backend)
+        return *stats, *slopes(stats, variables, weights)
+    for a, b in zip(found("own"), found("liger")): assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_liger_through_a_model(liger):
     lm, batch = lm_of("llama", torch.float32), batch_of()
     for positions in ("answer", "all"):
         ours, theirs = (answer_stats(lm, batch, positions, backend=backend) for backend in ("own", "liger"))
-        assert torch.allclose(ours.nll, theirs.nll, atol=1e-5) and torch.allclose(ours.entropy, theirs.entropy, atol=1e-5)
+        for name in ("nll", "entropy"): assert torch.allclose(getattr(ours, name), getattr(theirs, name), atol=1e-5)
     for kind in ("phi", "gemma2"):
-        with pytest.raises(ValueError, match="neither bias nor soft-cap"): answer_stats(lm_of(kind), batch, backend="liger")
+        with pytest.raises(ValueError, match="neither bias nor soft-cap"):
+            answer_stats(lm_of(kind), batch, backend="liger")
 
 
 def test_backends_by_name():
-    with pytest.raises(ValueError, match="'own' or 'liger', got 'triton'"): answer_stats(lm_of("llama"), batch_of(), backend="triton")
+    with pytest.raises(ValueError, match="backend must be one of 'own', 'liger', got 'triton'"):
+        answer_stats(lm_of("llama"), batch_of(), backend="triton")
 
 
-# through models
+# --- through models ---------------------------------------------------------------------------------------------------
 
 def batch_of(vocab=40, seed=0):
     "Four sequences of different lengths, prompt of three tokens, padded on the right."
     rng = torch.Generator().manual_seed(seed)
     ids, used = torch.randint(1, vocab, (4, 11), generator=rng), torch.arange(11) < torch.tensor([[7], [11], [5], [9]])
-    return dict(input_ids=ids * used, attention_mask=used.long(), labels=ids.where(used & (torch.arange(11) >= 3), -100))
+    answer = used & (torch.arange(11) >= 3)
+    return dict(input_ids=ids * used, attention_mask=used.long(), labels=ids.where(answer, -100))
 
 
-OTHERS = {"granite": dict(num_key_value_heads=2, logits_scaling=8.), "cohere": dict(num_key_value_heads=2, logit_scale=.0625), "cohere2": dict(num_key_value_heads=2, logit_scale=.25), "qwen3": dict(num_key_value_heads=2, head_dim=8),
-          "gemma3_text": dict(num_key_value_heads=2, head_dim=8, sliding_window=64, query_pre_attn_scalar=8, final_logit_softcapping=4.), "olmo2": dict(num_key_value_heads=2), "phi3": dict(num_key_value_heads=2), "opt": dict(ffn_dim=48, word_embed_proj_dim=32)}
+OTHERS = {"granite": dict(num_key_value_heads=2, logits_scaling=8.),
+          "cohere": dict(num_key_value_heads=2, logit_scale=.0625),
+          "cohere2": dict(num_key_value_heads=2, logit_scale=.25),
+          "qwen3": dict(num_key_value_heads=2, head_dim=8),
+          "gemma3_text": dict(num_key_value_heads=2, head_dim=8, sliding_window=64, query_pre_attn_scalar=8,
+                              final_logit_softcapping=4.),
+          "olmo2": dict(num_key_value_heads=2),
+          "phi3": dict(num_key_value_heads=2),
+          "opt": dict(ffn_dim=48, word_embed_proj_dim=32)}
 
 
 def lm_of(kind, dtype=torch.float64, **options):
@@ -174,7 +208,8 @@ def lm_of(kind, dtype=torch.float64, **options):
     if kind in ("mistral", "gemma2"): options |= dict(sliding_window=64)
     if kind in KINDS: return random_lm(kind, 40, dtype=dtype, **options)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES | OTHERS[kind] | dict(vocab_size=40, eos_token_id=39, bos_token_id=None, pad_token_id=0) | options)
+    tokens = dict(vocab_size=40, eos_token_id=39, bos_token_id=None, pad_token_id=0)
+    config = AutoConfig.for_model(kind, **SIZES | OTHERS[kind] | tokens | options)
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
@@ -197,10 +232,12 @@ def same(lm, batch, positions="answer", tolerance=1e-9):
     table = table._replace(positions=positions)
     where = torch.ones_like(ours.answer) if positions == "all" else ours.answer
     assert torch.equal(table.answer, ours.answer) and torch.equal(table.target, ours.target)
-    assert torch.allclose(ours.nll, table.nll, atol=tolerance) and torch.allclose(ours.entropy, table.entropy * where, atol=tolerance)
+    assert torch.allclose(ours.nll, table.nll, atol=tolerance)
+    assert torch.allclose(ours.entropy, table.entropy * where, atol=tolerance)
     expected, found = grads(lm, table), grads(lm, ours)
     assert expected.keys() == found.keys() and expected
-    for name, value in expected.items(): assert torch.allclose(found[name], value, atol=tolerance * max(1, float(value.abs().max()))), name
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=tolerance * max(1, float(value.abs().max()))), name
 
 
 @pytest.fixture
@@ -217,7 +254,8 @@ def test_families_give_what_their_own_logits_say(kind, fused):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         same(lm, batch_of())
-    assert len(fused) == 1 and len(fused[0][0]) == int((batch_of()["labels"] != -100).sum())       # only the answers' rows
+    assert len(fused) == 1
+    assert len(fused[0][0]) == int((batch_of()["labels"] != -100).sum())            # only the answers' rows
 
 
 @pytest.mark.parametrize("kind", ["phi", "gemma2", "cohere"])
@@ -232,7 +270,8 @@ def test_bfloat16_models(kind, fused):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours, table = answer_stats(lm, batch_of()), whole(lm, batch_of())
-    assert fused and torch.allclose(ours.nll, table.nll, rtol=2e-2, atol=2e-2) and torch.allclose(ours.entropy[ours.answer], table.entropy[ours.answer], rtol=2e-2, atol=2e-2)
+    assert fused and torch.allclose(ours.nll, table.nll, rtol=2e-2, atol=2e-2)
+    assert torch.allclose(ours.entropy[ours.answer], table.entropy[ours.answer], rtol=2e-2, atol=2e-2)
 
 
 def test_autocast(fused):
@@ -241,7 +280,9 @@ def test_autocast(fused):
     with torch.autocast("cpu", torch.bfloat16): ours, table = answer_stats(lm, batch_of()), whole(lm, batch_of())
     assert fused and torch.allclose(ours.nll, table.nll, rtol=2e-2, atol=2e-2)
     expected, found = grads(lm, table._replace(positions="answer")), grads(lm, ours)
-    for name, value in expected.items(): assert found[name].dtype == torch.float32 and float((found[name] - value).norm()) < .05 * float(value.norm()) + 1e-3
+    for name, value in expected.items():
+        assert found[name].dtype == torch.float32
+        assert float((found[name] - value).norm()) < .05 * float(value.norm()) + 1e-3
 
 
 def test_tied_weights_get_both_gradients(fused):
@@ -253,9 +294,9 @@ def test_tied_weights_get_both_gradients(fused):
 
 @pytest.mark.parametrize("targets,uses_fused", [("all-linear", True), (["q_proj", "lm_head"], False)])
 def test_adapters_and_adapters_on_the_head(targets, uses_fused, fused):
-    lm = add_lora(lm_of("llama"), rank=2, targets=targets)
-    for name, p in lm.named_parameters():
-        if "lora_B" in name: p.data = torch.randn_like(p) * .3                   # zero at first, which would hide a lost adapter
+    lm = add_lora(LocalModel(lm_of("llama"), LetterTok(40)), rank=2, targets=targets).lm
+    for name, p in lm.named_parameters():       # zero at first, which would hide a lost adapter
+        if "lora_B" in name: p.data = torch.randn_like(p) * .3
     same(lm.eval(), batch_of())
     assert bool(fused) == uses_fused
 
@@ -268,7 +309,11 @@ class Strange(LlamaForCausalLM):
         return out
 
 
-@pytest.mark.parametrize("habit", [lambda z: 1.05 * z, lambda z: z.clamp(max=2), lambda z: z + torch.arange(40) % 3, lambda z: z[..., :39]], ids=["scaled", "clamped", "biased", "cut"])
+HABITS = dict(scaled=lambda z: 1.05 * z, clamped=lambda z: z.clamp(max=2), biased=lambda z: z + torch.arange(40) % 3,
+              cut=lambda z: z[..., :39])
+
+
+@pytest.mark.parametrize("habit", HABITS.values(), ids=HABITS)
 def test_an_unknown_habit_is_noticed_and_the_models_own_head_used(habit):
     torch.manual_seed(0)
     lm, batch = Strange(lm_of("llama").config).to(torch.float64).eval(), batch_of(39)
@@ -279,10 +324,12 @@ def test_an_unknown_habit_is_noticed_and_the_models_own_head_used(habit):
 def test_logits_and_hidden_states_on_request():
     lm, batch = lm_of("gemma2"), batch_of()
     table, ours = whole(lm, batch), answer_stats(lm, batch, logits=True, layer=1)
-    states = lm(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True).hidden_states[1]
-    assert torch.allclose(ours.logits, table.logits, atol=1e-12) and torch.allclose(ours.nll, table.nll, atol=1e-12) and torch.allclose(ours.hidden, states[ours.answer], atol=1e-12)
+    inputs = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    states = lm(**inputs, output_hidden_states=True).hidden_states[1]
     everywhere = answer_stats(lm, batch, "all", logits=True)
-    assert torch.allclose(everywhere.logits, ours.logits, atol=1e-12) and torch.allclose(everywhere.entropy, table.entropy, atol=1e-12)
+    for a, b in [(ours.logits, table.logits), (ours.nll, table.nll), (ours.hidden, states[ours.answer]),
+                 (everywhere.logits, ours.logits), (everywhere.entropy, table.entropy)]:
+        assert torch.allclose(a, b, atol=1e-12)
     lean = answer_stats(lm, batch, layer=2)
     assert lean.logits is None and lean.hidden.shape == ours.hidden.shape
 
@@ -291,7 +338,7 @@ def test_the_model_is_left_as_it_was():
     lm, batch = lm_of("llama"), batch_of()
     before = whole(lm, batch).nll
     answer_stats(lm, batch)
-    with pytest.raises(ValueError, match="'answer' or 'all', got 'prompt'"): answer_stats(lm, batch, "prompt")
+    with pytest.raises(ValueError, match="one of 'answer', 'all', got 'prompt'"): answer_stats(lm, batch, "prompt")
     with pytest.raises(IndexError): answer_stats(lm, batch | dict(input_ids=batch["input_ids"] + 1000))
     assert torch.equal(whole(lm, batch).nll, before) and not lm.get_output_embeddings()._forward_pre_hooks
 
@@ -304,7 +351,7 @@ def _half(rank, port, path):
     lm, batch = lm_of("phi"), {k: v[2 * rank:2 * rank + 2] for k, v in batch_of().items()}
     model = torch.nn.parallel.DistributedDataParallel(lm)
     grads_of = grads(lm, answer_stats(model, batch))
-    twice = answer_stats(model, batch), answer_stats(model, batch)                # as with a forget and a retain batch
+    twice = answer_stats(model, batch), answer_stats(model, batch)      # as with a forget and a retain batch
     lm.zero_grad()
     sum(s.nll.sum() for s in twice).backward()
     torch.save((grads_of, {name: p.grad for name, p in lm.named_parameters()}), f"{path}/{rank}.pt")
@@ -313,10 +360,11 @@ def _half(rank, port, path):
 
 @pytest.mark.slow
 def test_gradients_are_shared_between_processes(tmp_path):
-    "Two processes with half a batch each end up with the same gradients: the mean of what one process finds on both halves."
+    "Two processes with half a batch each have the same gradients: the mean of what one process finds on both halves."
     multiprocessing.spawn(_half, args=(29500 + os.getpid() % 2000, str(tmp_path)), nprocs=2)
     lm = lm_of("phi")
-    expected, found = grads(lm, whole(lm, batch_of())._replace(positions="answer")), [torch.load(tmp_path/f"{rank}.pt") for rank in (0, 1)]
+    expected = grads(lm, whole(lm, batch_of())._replace(positions="answer"))
+    found = [torch.load(tmp_path/f"{rank}.pt") for rank in (0, 1)]
     lm.zero_grad()
     whole(lm, batch_of()).nll.sum().backward()
     for name, value in expected.items():

@@ -1,4 +1,8 @@
-"""The house rules that a number can say: widths of lines, sizes of functions, how many doors there are. `python tests/test_house.py MODULE …` prints them."""
+"""The house rules that a number can say: widths of lines, sizes of functions, how many doors.
+
+`python tests/test_house.py MODULE …` prints them for some modules.
+"""
+
 import ast
 import re
 import statistics
@@ -22,14 +26,16 @@ def sizes(paths):
     "The lines of each function and method."
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): yield node.end_lineno - node.lineno + 1, f"{path.stem}.{node.name}"
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield node.end_lineno - node.lineno + 1, f"{path.stem}.{node.name}"
 
 
 def body_sizes(paths):
     "The lines of each function's body: what stands behind its signature."
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): yield node.end_lineno - node.body[0].lineno + 1, f"{path.stem}.{node.name}"
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield node.end_lineno - node.body[0].lineno + 1, f"{path.stem}.{node.name}"
 
 
 def percentile(values, share):
@@ -66,7 +72,8 @@ def positional(paths):
     "Calls that pass more than four arguments by position."
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and len(node.args) > 4: yield f"{path.stem}:{node.lineno}", ast.unparse(node.func)
+            if isinstance(node, ast.Call) and len(node.args) > 4:
+                yield f"{path.stem}:{node.lineno}", ast.unparse(node.func)
 
 
 def folded(paths):
@@ -94,14 +101,17 @@ def options():
             if getattr(node, "name", None) not in names: continue
             if isinstance(node, ast.FunctionDef): yield from ((node.name, *option) for option in optional(node, 0))
             for method in getattr(node, "body", []) if isinstance(node, ast.ClassDef) else []:
-                if not isinstance(method, ast.FunctionDef) or method.name[0] == "_" and method.name != "__init__": continue
+                if not isinstance(method, ast.FunctionDef) or method.name[0] == "_" and method.name != "__init__":
+                    continue
                 called = node.name if method.name == "__init__" else method.name
                 yield from ((called, *option) for option in optional(method, 1))
 
 
 def given():
     "Every name that some call passes an argument by, and how many positions each function is called with."
-    sources = [p.read_text(encoding="utf-8") for p in [*LIBRARY, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]]
+    sources = [
+        p.read_text(encoding="utf-8") for p in [*LIBRARY, *ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")]
+    ]
     sources += ["\n".join(c.source.splitlines()) for p in notebooks() for c in code_cells(p)]
     names, positions = set(), {}
     for source in sources:
@@ -165,13 +175,22 @@ def main(modules):
     total, over = wide(texts, 120)
     lines, whole = [n for n, _ in body_sizes(paths)], [n for n, _ in sizes(paths)]
     print(f"lines {total}, over 120: {len(over)} ({len(over) / total:.1%}), over 140: {len(wide(over, 140)[1])}")
-    print(f"functions {len(lines)}: body median {statistics.median(lines)}, p90 {percentile(lines, .9)}; with signature median {statistics.median(whole)}, p90 {percentile(whole, .9)}")
+    print(
+        f"functions {len(lines)}: body median {statistics.median(lines)}, p90 {percentile(lines, 0.9)}; with signature median {statistics.median(whole)}, p90 {percentile(whole, 0.9)}"
+    )
     print("largest bodies:", *sorted(body_sizes(paths), reverse=True)[:6])
-    homes = {re.search(r"default_exp (\w+)", "\n".join(c.source for c in code_cells(p)))[1]: p for p in notebooks() if p.parent.name[0].isdigit()}
+    homes = {
+        re.search(r"default_exp (\w+)", "\n".join(c.source for c in code_cells(p)))[1]: p
+        for p in notebooks()
+        if p.parent.name[0].isdigit()
+    }
     cells = sorted(export_cells([p for name, p in homes.items() if not modules or name in modules]), reverse=True)
     print(f"export cells {len(cells)}, over 20 lines: {sum(n > 20 for n, *_ in cells)}; largest:", *cells[:6])
     names = {module: found for module, found in public().items() if not modules or module in modules}
-    print(f"public names: {sum(map(len, names.values()))}", *(f"\n  {module} ({len(found)}): {' '.join(found)}" for module, found in names.items()))
+    print(
+        f"public names: {sum(map(len, names.values()))}",
+        *(f"\n  {module} ({len(found)}): {' '.join(found)}" for module, found in names.items()),
+    )
     if not modules:
         print("lesson lines over 100:", len(wide([s for _, s in lesson_code()], 100)[1]))
 

@@ -22,7 +22,7 @@ def logits(lm, tok):
     with torch.no_grad(): return lm(input_ids=torch.tensor([encode_prompt(tok, "Who taught anybody to write?")])).logits
 
 
-# --- the packaged models --------------------------------------------------------------------------------------------------------------------
+# --- the packaged models --------------------------------
 
 @pytest.mark.parametrize("state", ["full", "retain"])
 def test_packaged_files_are_small_safetensors_in_float16(state):
@@ -58,7 +58,7 @@ def test_an_unknown_state_is_named():
     with pytest.raises(ValueError, match="unknown state 'forget'; the packaged models are 'full', 'retain' and 'librarian'"): small_lm("forget")
 
 
-# --- load and save --------------------------------------------------------------------------------------------------------------------------
+# --- load and save --------------------------------
 
 def test_a_saved_model_comes_back(full, tmp_path):
     lm, tok = full
@@ -127,7 +127,7 @@ def test_end_tokens_of_generation_config_and_tokenizer():
         assert end_ids(lm, tok) == expected
 
 
-# --- fingerprints and adapters --------------------------------------------------------------------------------------------------------------
+# --- fingerprints and adapters --------------------------------
 
 def test_a_fingerprint_sees_one_changed_bit():
     a, b = random_lm("llama", 9), random_lm("llama", 9)

@@ -31,7 +31,7 @@ def filled(folder, n=40, leaks=(3, 0, 0, 0), qas=QAS, settings=SETTINGS, **how):
     return run
 
 
-# --- draws joined ---------------------------------------------------------------------------------------------------------------------------
+# --- draws joined --------------------------------
 
 def random_draws(rng, n):
     "Draws of random token sequences, some of which decode to the same text."
@@ -40,10 +40,18 @@ def random_draws(rng, n):
     index = rng.integers(-1, len(tokens), n)
     first = list(dict.fromkeys(index[index >= 0].tolist()))
     new = {old: i for i, old in enumerate(first)} | {-1: -1}
-    return Draws("q", [str(tokens[i][0]) for i in first], np.array([new[i] for i in index.tolist()]), np.array([-1. - sum(tokens[i]) for i in first]), [tokens[i] for i in first], np.array([i % 2 == 0 for i in first]))
+    return Draws(
+        "q",
+        [str(tokens[i][0]) for i in first],
+        np.array([new[i] for i in index.tolist()]),
+        np.array([-1.0 - sum(tokens[i]) for i in first]),
+        [tokens[i] for i in first],
+        np.array([i % 2 == 0 for i in first]),
+    )
 
 
-def facts(d): return d.texts, d.index.tolist(), d.answers, d.logprobs.tolist(), [tuple(t) for t in d.tokens], d.finished.tolist()
+def facts(d):
+    return d.texts, d.index.tolist(), d.answers, d.logprobs.tolist(), [tuple(t) for t in d.tokens], d.finished.tolist()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -56,13 +64,24 @@ def test_parts_joined_are_the_whole(seed):
     assert facts(join_draws(first_draws(d, cut), rest)) == facts(d)
 
 
-@pytest.mark.parametrize("change", [dict(id="other"), dict(seed=1), dict(decoding=Decoding(top_k=1)), dict(run="x"), dict(source="x"), dict(logprobs=None)], ids=lambda c: next(iter(c)))
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(id="other"),
+        dict(seed=1),
+        dict(decoding=Decoding(top_k=1)),
+        dict(run="x"),
+        dict(source="x"),
+        dict(logprobs=None),
+    ],
+    ids=lambda c: next(iter(c)),
+)
 def test_draws_of_two_kinds_are_not_joined(change):
     d = random_draws(np.random.default_rng(0), 20)
     with pytest.raises(ValueError, match=next(iter(change))): join_draws(d, replace(d, **change))
 
 
-# --- whole or not at all --------------------------------------------------------------------------------------------------------------------
+# --- whole or not at all --------------------------------
 
 FULL_DISK = """
 import resource, signal, sys
@@ -77,7 +96,12 @@ def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path):
     filled(tmp_path)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     done = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True)
-    assert done.returncode and "OSError" in done.stderr and "q1.parquet could not be written" in done.stderr and "make room and go on" in done.stderr
+    assert (
+        done.returncode
+        and "OSError" in done.stderr
+        and "q1.parquet could not be written" in done.stderr
+        and "make room and go on" in done.stderr
+    )
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before       # no half-written file either
     assert report_run(tmp_path).x.shape == (4, 40)
 
@@ -92,7 +116,9 @@ def test_run_json_on_a_full_disk(tmp_path):
     assert (tmp_path/"run.json").read_bytes() == before and read_run(tmp_path).looks == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"settings": {}}', "null"], ids=["empty", "cut", "list", "lacking", "null"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"settings": {}}', "null"], ids=["empty", "cut", "list", "lacking", "null"]
+)
 def test_a_broken_description_is_named_and_left_alone(tmp_path, text):
     filled(tmp_path)
     (tmp_path/"run.json").write_text(text)
@@ -122,7 +148,7 @@ def test_two_processes_that_write_the_same_draws_do_not_meet(tmp_path):
     assert not any(p.exists() for p in pids)
 
 
-# --- grown, never mixed -----------------------------------------------------------------------------------------------------------------------
+# --- grown, never mixed --------------------------------
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_another_setting_is_named(tmp_path, name):
@@ -144,15 +170,32 @@ def test_the_first_draws_are_those_of_a_shorter_run(tmp_path):
 
 def test_memory_and_folder_agree(tmp_path):
     ram, disk = filled(None, settings=SETTINGS | dict(seed=77)), filled(tmp_path, settings=SETTINGS | dict(seed=77))
-    assert report_run(ram).claims == report_run(disk).claims and [qa.id for qa in ram.lacking(41)] == [qa.id for qa in disk.lacking(41)]
+    assert report_run(ram).claims == report_run(disk).claims and [qa.id for qa in ram.lacking(41)] == [
+        qa.id for qa in disk.lacking(41)
+    ]
 
 
-# --- looks ----------------------------------------------------------------------------------------------------------------------------------
+# --- looks --------------------------------
 
-@pytest.mark.parametrize("planned, looks, expected", [(1, [(9, 4)], (1, False)), (3, [(9, 4)], (3, False)), (3, [(9, 4), (18, 4), (36, 4)], (3, False)), ([7, 8, 9], [(9, 4), (8, 4)], (3, False)),
-                                                      (2, [(9, 4), (18, 4), (36, 4)], (2, True)), (2, [(9, 4), (10, 4)], (2, True)), ([7, 8], [(9, 4)], (2, True)), (3, [(9, 4), (18, 5)], (6, True)),
-                                                      ("anytime", [(9, 4)], (1, True)), (1, [(9, 4), (9, 5)], (6, True)), (1, [(9, 4), (8, 5), (8, 6)], (12, True))], ids=str)
-def test_the_price_of_looks(planned, looks, expected): assert price(looks, planned) == expected
+@pytest.mark.parametrize(
+    "planned, looks, expected",
+    [
+        (1, [(9, 4)], (1, False)),
+        (3, [(9, 4)], (3, False)),
+        (3, [(9, 4), (18, 4), (36, 4)], (3, False)),
+        ([7, 8, 9], [(9, 4), (8, 4)], (3, False)),
+        (2, [(9, 4), (18, 4), (36, 4)], (2, True)),
+        (2, [(9, 4), (10, 4)], (2, True)),
+        ([7, 8], [(9, 4)], (2, True)),
+        (3, [(9, 4), (18, 5)], (6, True)),
+        ("anytime", [(9, 4)], (1, True)),
+        (1, [(9, 4), (9, 5)], (6, True)),
+        (1, [(9, 4), (8, 5), (8, 6)], (12, True)),
+    ],
+    ids=str,
+)
+def test_the_price_of_looks(planned, looks, expected):
+    assert price(looks, planned) == expected
 
 
 def test_what_all_sets_of_questions_cost_together():
@@ -174,7 +217,11 @@ def test_a_second_look_whose_n_is_free_keeps_alpha():
         leaks = leaks + rng.binomial(n - before, p, runs)
         parts, anytime = price([(first, 3), (n, 3)], 2)
         seen = np.arange(leaks.max() + 1)
-        signed = rate_evidence(seen * 1., float(n), p, "below") >= np.log(parts / alpha) if anytime else binom.cdf(seen, n, p) <= alpha / parts
+        signed = (
+            rate_evidence(seen * 1.0, float(n), p, "below") >= np.log(parts / alpha)
+            if anytime
+            else binom.cdf(seen, n, p) <= alpha / parts
+        )
         wrong |= signed[leaks]
     assert wrong.sum() <= binom.ppf(1 - 1e-4, runs, alpha)
 
@@ -185,8 +232,10 @@ def in_memory(qas, n, seed, **how): return look(open_run(None, SETTINGS | dict(s
 def test_questions_chosen_after_a_look_are_paid_for():
     many = [QA(f"q{i}", f"What is {i}?", "x") for i in range(40)]
     assert in_memory(many, 128, "all") == (1, False) == in_memory(many, 128, "all")
-    with pytest.warns(RuntimeWarning, match="8 of the 40 questions .* all 7.69e.07 choices"): assert in_memory(many[:8], 128, "all") == (6 * math.comb(40, 8), True)
-    with pytest.warns(RuntimeWarning, match="3 of the 40"): assert in_memory(many[5:8] + [QA("new", "New?", "x")], 128, "all") == (12 * math.comb(40, 3), True)
+    with pytest.warns(RuntimeWarning, match="8 of the 40 questions .* all 7.69e.07 choices"):
+        assert in_memory(many[:8], 128, "all") == (6 * math.comb(40, 8), True)
+    with pytest.warns(RuntimeWarning, match="3 of the 40"):
+        assert in_memory(many[5:8] + [QA("new", "New?", "x")], 128, "all") == (12 * math.comb(40, 3), True)
     with pytest.raises(ValueError, match="1,000 of the 2,000 questions .* with another seed"):
         for k in (2000, 1000): in_memory([QA(f"q{i}", "Why?", "x") for i in range(k)], 128, "too many")
 
@@ -195,7 +244,7 @@ def test_other_questions_in_memory_cost_nothing():
     "Other draws, that nobody has seen: another part of the questions, other ids, another seed."
     a, b = QAS[:2], QAS[2:]
     assert in_memory(a, 8, "parts") == in_memory(b, 8, "parts") == in_memory(a, 8, "other") == (1, False)
-    assert in_memory(QAS, 8, "parts") == (12, True)                              # all of them together have grown, as in a folder
+    assert in_memory(QAS, 8, "parts") == (12, True)  # all of them together have grown, as in a folder
     assert in_memory([replace(qa, id=f"new {qa.id}") for qa in a], 8, "parts") == (1, False)
 
 
@@ -203,7 +252,9 @@ def test_memory_and_folder_price_growth_alike(tmp_path):
     for planned in (None, 2, [8, 16]):
         for step, (qas, n) in enumerate([(QAS[:2], 8), (QAS[:2], 16), (QAS, 16), (QAS, 20)]):
             there = look(open_run(tmp_path/str(planned), SETTINGS, qas, planned=planned), n)
-            assert in_memory(qas, n, f"grown {planned}", planned=planned) == there and there[1] == (step > 1 or step == 1 and planned is None)
+            assert in_memory(qas, n, f"grown {planned}", planned=planned) == there and there[1] == (
+                step > 1 or step == 1 and planned is None
+            )
 
 
 def test_a_plan_made_after_a_look_is_none():
@@ -212,22 +263,36 @@ def test_a_plan_made_after_a_look_is_none():
 
 def test_a_plan_is_kept_and_old_folders_are_read(tmp_path):
     filled(tmp_path, planned=(16, 32))
-    assert read_run(tmp_path).planned == [16, 32] and not report_run(tmp_path, n=32).anytime and report_run(tmp_path, n=16).looks == 2
+    assert (
+        read_run(tmp_path).planned == [16, 32]
+        and not report_run(tmp_path, n=32).anytime
+        and report_run(tmp_path, n=16).looks == 2
+    )
     with pytest.raises(ValueError, match="another plan of looks"): open_run(tmp_path, SETTINGS, QAS, planned=[16, 40])
-    old = json.loads((tmp_path/"run.json").read_text()) | dict(planned=2)        # as folders were before plans named their n's
+    old = json.loads((tmp_path / "run.json").read_text()) | dict(
+        planned=2
+    )  # as folders were before plans named their n's
     (tmp_path/"run.json").write_text(json.dumps(old | dict(looks=old["looks"][1:])))
     assert not report_run(tmp_path, n=32).anytime and report_run(tmp_path, n=20).anytime
 
 
 @pytest.mark.parametrize("planned", [0, 1001, 2.5, "2", [], [8, 8], [16, 8], [0, 8], [8, "16"]], ids=str)
 def test_what_is_no_plan_of_looks(planned):
-    with pytest.raises(ValueError, match="looks must be the n's that will be reported on, growing, such as .512, 2048."): open_run(None, SETTINGS, QAS, planned=planned)
+    with pytest.raises(
+        ValueError, match="looks must be the n's that will be reported on, growing, such as .512, 2048."
+    ):
+        open_run(None, SETTINGS, QAS, planned=planned)
 
 
 def test_looks_are_written_once_and_with_what_was_looked_at(tmp_path):
     filled(tmp_path)
-    for n, score in ((8, "keywords"), (8, "keywords"), (8, "exact_match"), (16, "keywords")): r = report_run(tmp_path, n=n, score=score)
-    assert [(e["n"], e["questions"], e["score"]) for e in json.loads((tmp_path/"run.json").read_text())["looks"]] == [(8, 4, "key words (fraction)"), (8, 4, "exact match"), (16, 4, "key words (fraction)")]
+    for n, score in ((8, "keywords"), (8, "keywords"), (8, "exact_match"), (16, "keywords")):
+        r = report_run(tmp_path, n=n, score=score)
+    assert [(e["n"], e["questions"], e["score"]) for e in json.loads((tmp_path / "run.json").read_text())["looks"]] == [
+        (8, 4, "key words (fraction)"),
+        (8, 4, "exact match"),
+        (16, 4, "key words (fraction)"),
+    ]
     assert r.anytime and r.how["looks"] == [(8, 4), (16, 4)]
 
 
@@ -248,8 +313,12 @@ def test_looking_and_extending_keeps_the_promise():
 
 
 def test_differences_need_reports_at_fixed_n(tmp_path):
-    a, b = filled(tmp_path/"a", leaks=(30, 20, 0, 0)), filled(tmp_path/"b", leaks=(0, 0, 0, 0), settings=SETTINGS | dict(model="b"))
+    a, b = (
+        filled(tmp_path / "a", leaks=(30, 20, 0, 0)),
+        filled(tmp_path / "b", leaks=(0, 0, 0, 0), settings=SETTINGS | dict(model="b")),
+    )
     board = versus([report_run(a, name="a"), report_run(b, name="b")], alpha=.05)
     assert "of b minus that of a is between -" in board.notes[0] and "α = 0.05" in board.notes[0]
     report_run(a, n=20)
-    with pytest.raises(ValueError, match="looked at and extended"): versus([report_run(a, name="a"), report_run(b, name="b")])
+    with pytest.raises(ValueError, match="looked at and extended"):
+        versus([report_run(a, name="a"), report_run(b, name="b")])

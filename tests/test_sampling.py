@@ -21,7 +21,7 @@ SETTINGS = {"plain": Decoding(), "temperature": Decoding(temperature=.6), "top-k
             "all three": Decoding(temperature=1.4, top_k=4, top_p=.9)}
 
 
-# --- greedy ---------------------------------------------------------------------------------------------------------------------------------
+# --- greedy --------------------------------
 
 def generated(lm, prompts, max_new_tokens):
     "transformers' greedy answers to left-padded prompts, each cut behind its first end token."
@@ -61,7 +61,7 @@ def test_greedy_equals_generate_on_every_architecture(kind, dtype):
     assert any(len(s) == 12 for s in ours[1]) and any(len(s) < 12 for s in ours[1])     # the test saw both kinds
 
 
-# --- exact laws -----------------------------------------------------------------------------------------------------------------------------
+# --- exact laws --------------------------------
 
 def warped(logits, decoding):
     "transformers' own next-token distribution of float64 logits (1, V)."
@@ -148,7 +148,7 @@ def test_ties_belong_to_the_nucleus_and_to_the_top_k():
     assert (token_law(flat, 1., top_k=2) > 0).tolist() == (token_law(flat, 1., top_p=.6) > 0).tolist() == [[True] * 4 + [False]]
 
 
-# --- streams --------------------------------------------------------------------------------------------------------------------------------
+# --- streams --------------------------------
 
 MASK = 2**64 - 1
 
@@ -179,7 +179,7 @@ def test_streams_are_keyed_by_seed_question_and_draw():
     assert draw_streams(3, "q", 100, 120).tolist() == draw_streams(3, "q", 0, 300)[100:120].tolist()
 
 
-# --- the tree -------------------------------------------------------------------------------------------------------------------------------
+# --- the tree --------------------------------
 
 def one_draw(oracle, prompt, decoding, end, seed, id, i):
     "Draw `i`, token by token: inverse CDF of its own stream."
@@ -254,7 +254,7 @@ def test_impossible_tokens_are_never_drawn():
     assert np.allclose(np.exp(d.logprobs), [np.prod([(.5, 0, .3, .2)[t] for t in s]) for s in d.tokens])
 
 
-# --- the same draws by every way -----------------------------------------------------------------------------------------------------------
+# --- the same draws by every way --------------------------------
 
 def sort_all(key):
     "In place of `_alike`: no two draws share a row."
@@ -356,7 +356,7 @@ def test_short_number_formats_draw_from_their_own_law(dtype):
     assert abs(p.sum() - 1) < 1e-9 and chisquare(d.counts, d.n * p / p.sum()).pvalue > 1e-4
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------------------------------
+# --- bad input --------------------------------
 
 @pytest.mark.parametrize("n", [0, -1, 1.5])
 def test_a_wrong_n_is_named(n):
@@ -433,7 +433,7 @@ def test_dropout_is_off_while_drawing():
     "Random-init GPT-2 in training mode (dropout .1): the same draws, log-probabilities, greedy answers and enumeration as in evaluation mode, and the mode is given back."
     from transformers import AutoConfig, AutoModelForCausalLM
     from probunlearn.exact import answer_logprob, enumerate_answers
-    from probunlearn.known import answer_losses
+    from probunlearn.recall import answer_losses
     from probunlearn.models import small_lm
     _, tok = small_lm("full", device="cpu")
     torch.manual_seed(0)

@@ -175,7 +175,7 @@ def test_rules_with_close_thresholds_can_be_told_apart():
     assert len({str(rule) for rule in rules}) == len(rules)
 
 
-# --- the processor ------------------------------------------------------------------------------------------------------------------------------
+# --- the processor --------------------------------
 
 @pytest.mark.parametrize("temperature", [.5, 1., 1.7])
 def test_the_processor_leaves_the_temperature_that_the_rule_means(temperature):
@@ -258,7 +258,7 @@ def test_assisted_generation_follows_the_rule():
     assert answer(do_sample=True, top_k=0, assistant_model=lm, logits_processor=[AdaptiveTemperature(.9).processor()]) == answer(do_sample=False)
 
 
-# --- the sweep ----------------------------------------------------------------------------------------------------------------------------------
+# --- the sweep --------------------------------
 
 def test_a_sweep_counts_what_evaluate_counts(full):
     "Leaks, greedy leaks and retain scores of one setting against the report; the bound against its formula."
