@@ -20,8 +20,9 @@ _PARTS = {
         "judged": "calibrate judged_bound",
     },
     "benchmarks": {
-        "tables": "read_answers draws_from_table",
+        "tables": "draws_from_table",
         "peers": "read_open_unlearning read_leak_k read_lm_eval read_inspect tofu_summary",
+        "formats": "read_answers",
     },
     "reports": {
         "plots": "style",

@@ -40,20 +40,24 @@ class QA:
     "One question with the answer that a model must not (or must still) give."
     id: str                             # unique within a data set; keys the random streams of its draws
     question: str                       # what is asked
-    answer: str                         # the reference answer, a full sentence
+    answer: str                         # the reference answer, a full sentence; empty where none is known
     keywords: tuple = ()                # the words that give the secret away
     paraphrased_question: str = ""      # the same question in other words
     paraphrased_answer: str = ""        # the same answer in other words
     perturbed_answers: tuple = ()       # the answer's sentence with other, wrong secrets
     category: str = ""                  # what kind of question it is
     choices: tuple = ()                 # the options of a multiple-choice question, in order; `answer` is one of them
+    alternatives: tuple = ()            # other accepted answers; a score counts the one that is met best
 
     def __post_init__(self):
-        for name in ("id", "question", "answer"): _check_text(self, name)
+        for name in ("id", "question"): _check_text(self, name)
+        if self.answer != "": _check_text(self, "answer")
         # a list would make the record unhashable, and unequal to the one that a run folder gives back
-        for name in ("keywords", "perturbed_answers", "choices"):
+        for name in ("keywords", "perturbed_answers", "choices", "alternatives"):
             object.__setattr__(self, name, _tuple_of_texts(self, name))
-        if self.choices and self.answer not in self.choices:
+        if self.alternatives and not self.answer:
+            raise ValueError(f"QA.answer must be the first accepted answer, {self.alternatives[0]!r}, not empty")
+        if self.choices and self.answer and self.answer not in self.choices:
             raise ValueError(f"QA.answer must be one of its choices {self.choices}, got {self.answer!r}")
 
 # %% ../nbs/1_records/01_data.ipynb #4c1a5bae
@@ -64,6 +68,7 @@ class _Format:
     marks: set
     others: set = frozenset()
     names: dict = field(default_factory=dict)       # our field → its column
+    answered: bool = True                           # whether it tells a reference answer
 
 _FORMATS = (
     _Format("JailbreakBench's behaviours", {"Goal", "Target"}, {"Index", "Behavior", "Category", "Source"},
@@ -71,6 +76,8 @@ _FORMATS = (
     _Format("AdvBench", {"goal", "target"}, names=dict(question="goal", answer="target")),
     _Format("Harry Potter Q&A", {"Question", "Affirmative Response"}, {"Key Words"},
             names=dict(question="Question", answer="Affirmative Response", keywords="Key Words")),
+    _Format("HarmBench's behaviours", {"Behavior", "BehaviorID"}, {"SemanticCategory"}, answered=False,
+            names=dict(id="BehaviorID", question="Behavior", category="SemanticCategory")),
     _Format("MUSE's verbatim texts", {"prompt", "gt"}, names=dict(question="prompt", answer="gt")),
     _Format("WMDP", {"choices"}, {"question", "answer"}),
 )
@@ -78,7 +85,9 @@ _FORMATS = (
 # %% ../nbs/1_records/01_data.ipynb #aac1924a
 def _format(row, columns):
     "How to read a row: by the columns that somebody named, or as the format that it looks like."
-    if columns: return _Format("", set(), set(columns.values()), names=columns)
+    if columns:
+        answered = "answer" in columns or "answer" in row
+        return _Format("", set(), set(columns.values()), names=columns, answered=answered)
     return next((known for known in _FORMATS if known.marks <= set(row)), _Format("", set()))
 
 def _renamed(row, columns):
@@ -91,14 +100,21 @@ def _renamed(row, columns):
         raise ValueError(f"{what} no column {', '.join(lost)}; {there}. "
                          "Take the whole file, or say which column is what: columns=dict(question=…, answer=…)")
     named = row | {ours: row[theirs] for ours, theirs in form.names.items()}
-    missing = [c for c in ("question", "answer") if c not in named]
+    missing = [c for c in ("question", "answer")[:1 + form.answered] if c not in named]
     if missing:
         raise ValueError(f"no column {' and '.join(missing)}; {there}. "
                          "Say which column is what: columns=dict(question=…, answer=…)")
-    return named
+    return named | _in_context(row)
+
+# %% ../nbs/1_records/01_data.ipynb #5a427752
+def _in_context(row):
+    "The question of a HarmBench behaviour that belongs to a context; nothing for any other row."
+    context = row.get("ContextString")
+    if not context or "Behavior" not in row: return {}
+    return dict(question=f"{context}\n\n---\n\n{row['Behavior']}")
 
 # %% ../nbs/1_records/01_data.ipynb #a95620c8
-def _text(value):
+def as_text(value):
     "A number as text (a whole one without .0: tables with gaps keep them so), NaN as None, all else as it is."
     if not isinstance(value, Number) or isinstance(value, bool): return value
     if value != value: return None
@@ -107,8 +123,8 @@ def _text(value):
 def _texts(value):
     "Nothing, one text or a list of them as a tuple."
     if hasattr(value, "tolist"): value = value.tolist()         # an array in a table's cell
-    value = _text(value)
-    if isinstance(value, (list, tuple)): return tuple(map(_text, value))
+    value = as_text(value)
+    if isinstance(value, (list, tuple)): return tuple(map(as_text, value))
     return () if value in (None, "") else (value,)
 
 def _words(value):
@@ -119,9 +135,9 @@ def _words(value):
 
 # %% ../nbs/1_records/01_data.ipynb #8968c0ef
 def _choice(row):
-    "(answer, choices) of a row: WMDP's answer is the number of a choice."
-    answer, choices = row["answer"], _texts(row.get("choices"))
-    if not choices or not isinstance(answer, int): return _text(answer), choices
+    "(answer, choices) of a row: WMDP's answer is the number of a choice; a record without an answer has \"\"."
+    answer, choices = row.get("answer"), _texts(row.get("choices"))
+    if not choices or not isinstance(answer, int): return as_text(answer) or "", choices
     if not 0 <= answer < len(choices):
         raise ValueError(f"answer {answer} is no number of its {len(choices)} choices, which count from 0")
     return choices[answer], choices
@@ -133,18 +149,19 @@ def _made(row, id, columns):
     if not isinstance(row, dict):
         raise ValueError(f"a row is a dict such as dict(question=…, answer=…), got {str(row)[:60]}")
     row = _renamed(row, columns)
-    own = _text(row.get("id"))
+    own = as_text(row.get("id"))
     answer, choices = _choice(row)
     return QA(
         id=id if own in (None, "") else own,
-        question=_text(row["question"]),
+        question=as_text(row["question"]),
         answer=answer,
         keywords=_words(row.get("keywords")),
-        paraphrased_question=_text(row.get("paraphrased_question")) or "",
-        paraphrased_answer=_text(row.get("paraphrased_answer")) or "",
+        paraphrased_question=as_text(row.get("paraphrased_question")) or "",
+        paraphrased_answer=as_text(row.get("paraphrased_answer")) or "",
         perturbed_answers=_texts(row.get("perturbed_answer", row.get("perturbed_answers"))),
-        category=_text(row.get("category")) or "",
+        category=as_text(row.get("category")) or "",
         choices=choices,
+        alternatives=_texts(row.get("alternatives")),
     )
 
 # %% ../nbs/1_records/01_data.ipynb #1964ca18
@@ -163,8 +180,13 @@ def check_unique(
     return qas
 
 # %% ../nbs/1_records/01_data.ipynb #eaa3c6c1
-def _file_text(path):
-    "The text of a file."
+def file_text(
+    path,       # a text file
+) -> str:       # without the mark at its start; ValueError for bytes in another encoding
+    "The text of a file in UTF-8, or in UTF-16 where the mark at its start says so."
+    path = Path(path)
+    with open(path, "rb") as file: mark = file.read(2)
+    if mark in (b"\xff\xfe", b"\xfe\xff"): return path.read_text(encoding="utf-16")
     try: return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(
@@ -172,9 +194,10 @@ def _file_text(path):
             "which spreadsheets call \"CSV UTF-8\", or read it with the encoding that it has and pass the rows, "
             "for a CSV load_qa(pandas.read_csv(path, encoding=\"cp1252\", dtype=str, keep_default_na=False))") from None
 
+# %% ../nbs/1_records/01_data.ipynb #2a93a16c
 def _json_rows(path):
     "The rows of a file with one list, one object, or one JSON object per line."
-    text = _file_text(path)
+    text = file_text(path)
     try: whole = json.loads(text)
     except json.JSONDecodeError as e:
         return list(json_lines(text, path, f"; nor is the file as a whole JSON: {e}"))
@@ -213,7 +236,7 @@ def _check_widths(path, names, rows, sep):
 # %% ../nbs/1_records/01_data.ipynb #080d20d6
 def _csv_rows(path):
     "The rows of a table with , ; or tab between cells, which stay text; ValueError on a row longer than the header."
-    text = _file_text(path)
+    text = file_text(path)
     first = text.lstrip("\n").partition("\n")[0]
     sep = max(",;\t", key=first.count)
     (_, header), *rows = _csv_lines(path, text, sep) or [(0, [])]
@@ -228,8 +251,10 @@ def _csv_rows(path):
 # %% ../nbs/1_records/01_data.ipynb #57df6d6f
 _SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 
-def _file_rows(path):
-    "The rows of one local file as dicts."
+def file_rows(
+    path: Path,     # .json, .jsonl, .csv or .tsv, in whatever case
+) -> list:          # of dicts (texts where a list holds texts); the cells of a table are text; ValueError for any other
+    "The rows of one local file."
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise ValueError(f"{path}: unknown file type {path.suffix!r}; "
@@ -274,7 +299,7 @@ def _hub_rows(source, name, split):
 
 # %% ../nbs/1_records/01_data.ipynb #f3b0a113
 _COLUMNS = ("id", "question", "answer", "keywords", "paraphrased_question", "paraphrased_answer", "perturbed_answer",
-            "category", "choices")
+            "category", "choices", "alternatives")
 
 def _check_columns(columns):
     "ValueError when somebody names a column for a field that we don't have."
@@ -300,10 +325,10 @@ def load_qa(
     *,
     columns: dict = None,   # which column is what: dict(question="Goal", …); columns with our names needn't stand here
 ) -> list:                  # of `QA`; ValueError names file and row, FileNotFoundError the path that isn't there
-    "Read questions and answers: TOFU, JailbreakBench, AdvBench, Harry Potter Q&A, MUSE, WMDP, or any table."
+    "Read questions and answers: TOFU, JailbreakBench, AdvBench, HarmBench, Harry Potter Q&A, MUSE, WMDP, or any table."
     _check_columns(columns)
     path = _local_file(source, name)
-    if path: rows = _file_rows(path)
+    if path: rows = file_rows(path)
     elif hasattr(source, "columns"): rows = _table_rows(source)
     elif isinstance(source, (list, tuple)): rows = source
     else: rows = _hub_rows(str(source), name, split)
@@ -343,7 +368,7 @@ def load_judgements(
     source,     # a judge-comparison file, .csv or .json, or a DataFrame
 ) -> list:      # of records with `question`, `answer`, `harmful` and `judges` (name → verdict); ValueError on a gap
     "Read JailbreakBench's judge comparison: answers with the verdicts of people and judges."
-    rows = _table_rows(source) if hasattr(source, "columns") else _file_rows(Path(source))
+    rows = _table_rows(source) if hasattr(source, "columns") else file_rows(Path(source))
     if not rows: raise ValueError(f"{source} holds no rows")
     lost = sorted({"goal", "target_response", "human_majority"} - set(rows[0]))
     if lost:
@@ -455,7 +480,7 @@ def _ended(tok, ids, ends, behind):
     kept = len(ids) - (ids[-1] == tok.eos_token_id)
     return ids[:kept] + [tok.eos_token_id], ends[:kept] + [behind]
 
-# %% ../nbs/1_records/01_data.ipynb #fffde82d
+# %% ../nbs/1_records/01_data.ipynb #ec5990ae
 def _thought(behind, answer):
     "How many characters of what a chat template writes behind the prompt are a thought, none of them the answer's own."
     thought = re.match(r"\s*<think>.*?</think>\s*", behind, re.DOTALL)
@@ -464,19 +489,22 @@ def _thought(behind, answer):
 def _check_border(tok, qa, template, ids):
     "ValueError when the prompt's tokens are others with the answer behind them; `ids` are those."
     if encode_prompt(tok, qa.question, template) == ids: return
-    raise ValueError(f"question {qa.id!r}: the tokenizer merges the end of the prompt with the answer, so a model would "
-                     "learn it behind another prompt than it is asked with; end the template's prompt with a visible "
-                     "character (or another one than now), and begin its answer with the space: "
+    raise ValueError(f"question {qa.id!r}: the tokenizer merges the end of the prompt with the answer, so a model "
+                     "would learn it behind another prompt than it is asked with; end the template's prompt with a "
+                     "visible character (or another one than now), and begin its answer with the space: "
                      "Template('… Answer:', ' {answer}')")
 
-# %% ../nbs/1_records/01_data.ipynb #098a5919
+# %% ../nbs/1_records/01_data.ipynb #e5503e6f
 def encode(
     tok,                                # a fast tokenizer (it must give character offsets)
     qa: QA,
     template: Template = Template(),
     answer: str = None,                 # another answer to the same question; default: the record's own
 ) -> dict:                              # `input_ids` and `labels` (-100 outside the answer), lists of equal length
-    "Token ids of one record with its answer marked by the labels; ValueError when prompt and answer share a token."
+    "Token ids of one record, its answer marked by the labels; ValueError without one, or where prompt and answer merge."
+    if answer is None and not qa.answer:
+        raise ValueError(f"record {qa.id!r} has no reference answer, so there is nothing to learn or to measure: "
+                         "take it out, or give it one")
     answer = qa.answer if answer is None else answer
     prompt, text = template.texts(tok, qa.question, answer)
     encoded = tok(text, add_special_tokens=not template.chat, return_offsets_mapping=True)

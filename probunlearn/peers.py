@@ -7,23 +7,31 @@ __all__ = ['read_tofu_log', 'tofu_splits', 'read_open_unlearning', 'tofu_summary
            'read_lm_eval', 'read_inspect']
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #6fd77517
+from ast import literal_eval
+from collections import Counter
 from pathlib import Path
 import json
 import re
+import struct
 import warnings
 import zipfile
 import numpy as np
+from .data import file_text
 from .files import json_lines, write_text
-from .tables import tidy
+from .tables import accepted, asked, said, tidy
 from .tofu import TofuSplit, forget_quality, model_utility
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #51ca19cb
-def _text(path): return Path(path).read_text(encoding="utf-8-sig")
-
 def _load(path):
     "A JSON file; ValueError names the file when it is none."
-    try: return json.loads(_text(path))
+    try: return json.loads(file_text(path))
     except json.JSONDecodeError as e: raise ValueError(f"{path} is not a JSON file ({e})") from e
+
+def _object(path, what):
+    "The object in a JSON file; ValueError when it holds something else."
+    found = _load(path)
+    if isinstance(found, dict): return found
+    raise ValueError(f"{path} is no {what}: it holds a {type(found).__name__}, not an object")
 
 def _key(index): # 2 before 10
     return (0, int(index), "") if re.fullmatch(r"\d+", str(index)) else (1, 0, str(index))
@@ -62,9 +70,7 @@ def read_tofu_log(
     path,               # eval_log*.json, one split or all of them
 ):                      # table with `split`, ROUGE, losses per token (nats) and TOFU's own truth ratio
     "Read an evaluation log of TOFU (Maini et al. 2024); ValueError when it is none."
-    log = _load(path)
-    if not isinstance(log, dict):
-        raise ValueError(f"{path} is no TOFU log: it holds a {type(log).__name__}, not an object")
+    log = _object(path, "TOFU log")
     single = "generated_text" in log or "avg_gt_loss" in log
     logs = {Path(path).stem: log} if single else {Path(name).stem: part for name, part in log.items()}
     for part in logs.values():
@@ -92,9 +98,10 @@ def _tofu_split(rows):
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #8e59c652
 def tofu_splits(
-    table,              # from `read_tofu_log`
+    table,              # from `read_tofu_log` or `read_open_unlearning`
 ) -> dict:              # split -> `TofuSplit`, rows in the file's order, NaN where something is missing
     "What a log says about each split, ready for TOFU's metrics; ValueError when it has no losses."
+    if "metric" in table: table = _as_tofu(table)
     lacking = [c for c in ("loss", "paraphrased_loss", "perturbed_loss", "rouge_l_recall") if c not in table]
     if lacking: raise ValueError(f"TOFU's metrics need {', '.join(lacking)}, which this file doesn't hold")
     return {split: _tofu_split(rows) for split, rows in table.groupby("split", sort=False)}
@@ -131,15 +138,37 @@ def read_open_unlearning(
     path,               # a …_EVAL.json
 ):                      # table with `metric` and the metric's own fields
     "Read the evaluation file of open-unlearning (Dorna et al. 2025); ValueError when no metric has values by index."
-    metrics = dict(_by_metric(_load(path)))
+    metrics = dict(_by_metric(_object(path, "evaluation of open-unlearning")))
     for warning in _gaps(metrics): warnings.warn(warning, stacklevel=2)
     rows = [_unlearning_row(metric, index, values[index])
             for metric, values in metrics.items() for index in sorted(values, key=_key)]
     return tidy(rows, path)
 
-# %% ../nbs/3_benchmarks/03_peers.ipynb #0cf39b4f
+# %% ../nbs/3_benchmarks/03_peers.ipynb #9a9969d0
 _NAMES = {"forget": "forget", "retain": "retain", "real authors": "ra", "world facts": "wf"}
+_LOSSES = {             # our column → the metric behind the split's name, and its field
+    "loss": ("Q_A_Prob", "avg_loss"),
+    "paraphrased_loss": ("Q_A_PARA_Prob", "avg_loss"),
+    "perturbed_loss": ("Q_A_PERT_Prob", "avg_loss"),
+    "rouge_l_recall": ("Q_A_ROUGE", "rougeL_recall"),
+    "normalized_loss": ("Q_A_Prob_normalised", "prob"),
+}
 
+def _as_tofu(table):
+    "A table of open-unlearning's metrics with a row per question of each split, as `read_tofu_log` gives it."
+    import pandas as pd
+    def column(metric, field):
+        rows = table[table.metric == metric]
+        return rows.set_index("question_id")[field] if len(rows) and field in rows else pd.Series(dtype=float)
+    parts = []
+    for split, name in _NAMES.items():
+        columns = {ours: column(f"{name}_{metric}", field) for ours, (metric, field) in _LOSSES.items()}
+        part = pd.DataFrame({ours: values for ours, values in columns.items() if len(values)})
+        if "loss" in part and "paraphrased_loss" not in part: part["paraphrased_loss"] = part["loss"]
+        parts.append(part.assign(split=split))
+    return pd.concat(parts)
+
+# %% ../nbs/3_benchmarks/03_peers.ipynb #0cf39b4f
 def _split_numbers(split, part, definition):
     "The three averages of one split under open-unlearning's names."
     name = _NAMES.get(split, split)
@@ -193,12 +222,12 @@ def read_summary(
 # %% ../nbs/3_benchmarks/03_peers.ipynb #72760a6d
 def _leak_k_rows(index, line):
     "One row per response to one prompt; a response is a text, or a dict with its scores."
-    for draw, said in enumerate(line["responses"]):
-        said = said if isinstance(said, dict) else dict(response=said)
+    for draw, one in enumerate(line["responses"]):
+        one = one if isinstance(one, dict) else dict(response=one)
         row = dict(question_id=str(index), question=line.get("prompt"), draw=draw)
-        row |= dict(answer=said.get("response"), reference=line.get("ground_truth"))
-        names = {key: "rouge_l_recall" if key == "rougeL_recall" else key for key in said if key != "response"}
-        yield row | {ours: said[theirs] for theirs, ours in names.items()}
+        row |= dict(answer=one.get("response")) | accepted(line.get("ground_truth"))
+        names = {key: "rouge_l_recall" if key == "rougeL_recall" else key for key in one if key != "response"}
+        yield row | {ours: one[theirs] for theirs, ours in names.items()}
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #038bab71
 def read_leak_k(
@@ -206,7 +235,7 @@ def read_leak_k(
 ):                      # table with the file's scores, ROUGE-L recall as `rouge_l_recall`
     "Read the generations of leak@k (2025), a line per prompt, many responses; ValueError for a line without responses."
     rows = []
-    for index, line in enumerate(json_lines(_text(path), path)):
+    for index, line in enumerate(json_lines(file_text(path), path)):
         if not isinstance(line.get("responses"), list):
             raise ValueError(f"{path}, prompt {index}: no list of responses; the keys are {', '.join(line)}")
         rows += _leak_k_rows(index, line)
@@ -219,54 +248,114 @@ def _prompt(arguments):
     prompt = first.get("arg_0") if isinstance(first, dict) else first[0]
     return prompt[0] if isinstance(prompt, list) else prompt        # a chat, written out as JSON
 
-def _responses(line, path):
+def _responses(line):
     "The raw responses of one logged record; ValueError when they aren't texts."
-    said = line["resps"][0] if line["resps"] else [None]
-    said = said if isinstance(said, list) else [said]
-    if not all(s is None or isinstance(s, str) for s in said):
-        raise ValueError(f"{path}, document {line.get('doc_id')}: the responses are no texts but {said[0]!r}; "
-                         "choose a task that generates")
-    return said
+    texts = line["resps"][0] if line["resps"] else [None]
+    texts = texts if isinstance(texts, list) else [texts]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise ValueError(f"the responses are no texts but {texts[0]!r}; choose a task that generates or has options")
+    return texts
 
-def _lm_eval_rows(line, path):
+# %% ../nbs/3_benchmarks/03_peers.ipynb #1e752213
+def _target(target):
+    "A target; a list of texts that was written down as a text becomes the list again."
+    if not isinstance(target, str) or not target.startswith("["): return target
+    try: listed = literal_eval(target)
+    except (ValueError, SyntaxError): return target
+    return listed if isinstance(listed, list) and all(isinstance(text, str) for text in listed) else target
+
+# %% ../nbs/3_benchmarks/03_peers.ipynb #ade946f9
+def _likelihood(response):
+    "The log-likelihood in one option's logged [log-likelihood, is greedy], often written as texts; None for any other."
+    pair = response[0] if isinstance(response, list) and len(response) == 1 else response
+    if not isinstance(pair, list) or len(pair) != 2 or str(pair[1]) not in ("True", "False"): return None
+    try: return float(pair[0])
+    except (TypeError, ValueError): return None
+
+def _options(arguments):
+    "The options among the arguments of a multiple-choice request; ValueError when two are alike."
+    requests = arguments.values() if isinstance(arguments, dict) else arguments
+    texts = tuple(str(r["arg_1"] if isinstance(r, dict) else r[1]).strip() for r in requests)
+    if len(set(texts)) == len(texts): return texts
+    raise ValueError(f"its options aren't told apart by what is answered, {', '.join(map(repr, texts[:5]))}: "
+                     "choose a task whose options differ")
+
+def _option_row(line, logp):
+    "The answer, the reference and the right option's probability, by the options' log-likelihoods in nats."
+    choices, logp = _options(line["arguments"]), np.array(logp)
+    target = line["target"]
+    right = choices[int(target)] if str(target).isdigit() and int(target) < len(choices) else str(target).strip()
+    if right not in choices: raise ValueError(f"its target {target!r} is none of its options {choices}")
+    share = np.exp(logp - np.logaddexp.reduce(logp))
+    return dict(answer=choices[int(logp.argmax())], reference=right, choices=choices,
+                probability=float(share[choices.index(right)]))
+
+# %% ../nbs/3_benchmarks/03_peers.ipynb #6ae1508f
+def _lm_eval_rows(line):
     "One row per response of one logged record."
-    said = _responses(line, path)
     numbers = {k: float(v) for k, v in line.items() if isinstance(v, (int, float)) and k != "doc_id"}
-    scores = numbers if len(said) == 1 else {}
-    for draw, answer in enumerate(said):
-        row = dict(question_id=str(line["doc_id"]), question=_prompt(line["arguments"]), draw=draw)
-        yield row | dict(answer=answer, reference=str(line["target"])) | scores
+    row = dict(question_id=str(line["doc_id"]), question=_prompt(line["arguments"]), draw=0)
+    logp = [_likelihood(response) for response in line["resps"]]
+    if len(logp) > 1 and None not in logp: return [row | _option_row(line, logp) | numbers]
+    texts = _responses(line)
+    row |= accepted(_target(line["target"])) | (numbers if len(texts) == 1 else {})
+    return [row | dict(draw=draw, answer=answer) for draw, answer in enumerate(texts)]
+
+def _of_filter(lines, name, path):
+    "The lines of one filter; ValueError when there are several and none, or an unknown one, is chosen."
+    there = list(dict.fromkeys(line.get("filter") for line in lines))
+    names = ", ".join(map(repr, there))
+    if name is not None and name not in there: raise ValueError(f"{path} has no filter {name!r}; it has {names}")
+    if name is None and len(there) > 1:
+        raise ValueError(f"{path} holds the scores of {len(there)} filters, {names}: choose one, as in "
+                         f"read_lm_eval(path, filter={there[0]!r})")
+    kept = [line for line in lines if name is None or line.get("filter") == name]
+    (document, times), = Counter(line["doc_id"] for line in kept).most_common(1) or [(None, 0)]
+    if times < 2: return kept
+    raise ValueError(f"{path} holds document {document} {times} times, and nothing says which filter a line belongs "
+                     "to: keep the lines of one filter")
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #88bd0f99
 def read_lm_eval(
-    path,               # samples_….jsonl
-):                      # table; ValueError for a task without generated text
+    path,                   # samples_….jsonl
+    *,
+    filter: str = None,     # whose scores to take, where the log has several filters: "strict-match"
+):                          # table; ValueError for several filters, or a task without texts or options
     "Read the logged samples of lm-evaluation-harness, one row per response."
-    rows, first = [], None
-    for line in json_lines(_text(path), path):
+    lines = list(json_lines(file_text(path), path))
+    for line in lines:
         lacking = [k for k in ("doc_id", "target", "arguments", "resps") if k not in line]
         if lacking: raise ValueError(f"{path} is no sample log of the harness: a line has no {', '.join(lacking)}")
-        first = first or line.get("filter")
-        if line.get("filter") == first: rows += _lm_eval_rows(line, path)
+    rows = []
+    for line in _of_filter(lines, filter, path):
+        try: rows += _lm_eval_rows(line)
+        except ValueError as e: raise ValueError(f"{path}, document {line['doc_id']}: {e}") from None
     return tidy(rows, path)
+
+# %% ../nbs/3_benchmarks/03_peers.ipynb #bdcac0cf
+_ZSTD = 93          # the number of this compression in a zip
+
+def _member(archive, info, file):
+    "One member of a zip, also where it is compressed by Zstandard, which Python before 3.14 can't undo."
+    if info.compress_type != _ZSTD: return archive.read(info)
+    import pyarrow as pa
+    file.seek(info.header_offset + 26)              # the local header ends in two lengths, name and extra field
+    file.seek(sum(struct.unpack("<HH", file.read(4))), 1)
+    packed = pa.BufferReader(file.read(info.compress_size))
+    return pa.CompressedInputStream(packed, "zstd").read()
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #44b647ab
 def _inspect_samples(path):
     "The samples of a log, zipped or not."
-    if not zipfile.is_zipfile(path): return _load(path).get("samples") or []
-    with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.startswith("samples/") and name.endswith(".json")]
-        try: return [json.loads(archive.read(name)) for name in names]
-        except (NotImplementedError, RuntimeError) as e:
+    if not zipfile.is_zipfile(path): return _object(path, "log of inspect").get("samples") or []
+    with open(path, "rb") as file, zipfile.ZipFile(path) as archive:
+        infos = [info for info in archive.infolist() if re.fullmatch(r"samples/.*\.json", info.filename)]
+        try: return [json.loads(_member(archive, info, file)) for info in infos]
+        except (NotImplementedError, RuntimeError, OSError) as e:
             raise ValueError(f"{path} is compressed in a way that Python here can't read ({e}); "
                              "turn it into JSON with `inspect log convert --to json`") from e
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #d8b63670
-def _said(content):
-    "The text of a message."
-    if content is None or isinstance(content, str): return content
-    return "".join(part.get("text", "") for part in content if part.get("type", "text") == "text")
-
 def _mark(value):
     "One mark as a number: a letter, a truth value or a number; NaN for anything else."
     if isinstance(value, str): return {"C": 1., "P": .5, "I": 0., "N": 0.}.get(value, np.nan)
@@ -282,28 +371,40 @@ def _marks(scores):
     return found
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #cacd01ac
-def _asked(sample):
-    "The question of a sample: its text, or the last thing that the user says."
-    asked = sample.get("input")
-    if not isinstance(asked, list): return asked
-    return next((_said(m["content"]) for m in reversed(asked) if m.get("role") == "user"), None)
+def _inspect_target(sample):
+    "Reference, other accepted answers and choices of a sample; an option's letter becomes the option."
+    target, choices = sample.get("target"), tuple(sample.get("choices") or ())
+    if not choices: return accepted(target)
+    letters = {chr(65 + i): choice for i, choice in enumerate(choices)}
+    known = accepted([letters.get(t, t) for t in ([target] if isinstance(target, str) else target or [])])
+    return known | (dict(choices=choices) if known["reference"] in (None, *choices) else {})
 
-def _inspect_row(sample):
-    "One sample in one epoch."
-    choices = (sample.get("output") or {}).get("choices") or [{}]
-    answer = _said((choices[0].get("message") or {}).get("content"))
-    target = sample.get("target")
-    reference = target if isinstance(target, str) else next(iter(target or []), None)
+def _withheld(choice, sample):
+    "Why there is no answer in one of a sample's choices, in words; None where there is one."
+    if choice is None: return str((sample.get("error") or {}).get("message") or "no answer")
+    if choice.get("stop_reason") == "content_filter": return "content_filter"
+    return None if said((choice.get("message") or {}).get("content")) is not None else "no answer"
+
+# %% ../nbs/3_benchmarks/03_peers.ipynb #8f544c77
+def _inspect_rows(sample, each):
+    "The `each` answers of one sample in one epoch."
+    choices = (sample.get("output") or {}).get("choices") or []
+    row = dict(question_id=str(sample["id"]), question=asked(sample.get("input"))) | _inspect_target(sample)
     marks = _marks(sample.get("scores"))
-    if answer is None: marks = dict.fromkeys(marks, np.nan)
-    row = dict(question_id=str(sample["id"]), question=_asked(sample), draw=sample.get("epoch", 1) - 1)
-    return row | dict(answer=answer, reference=reference) | marks
+    for i, choice in enumerate(choices[:each] + [None] * (each - len(choices))):
+        lost = _withheld(choice, sample)
+        text = None if lost else said(choice["message"]["content"])
+        own = marks if i == 0 and not lost else dict.fromkeys(marks, np.nan)
+        yield row | dict(draw=(sample.get("epoch", 1) - 1) * each + i, answer=text, lost=lost) | own
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #52dc310b
 def read_inspect(
     path,               # a log, .json or .eval
 ):                      # table; ValueError when there are no samples
     "Read a log of inspect, one row per sample and epoch."
-    rows = [_inspect_row(sample) for sample in _inspect_samples(path)]
+    samples = _inspect_samples(path)
+    each = max([1, *(len((sample.get("output") or {}).get("choices") or []) for sample in samples)])
+    rows = [row for sample in samples for row in _inspect_rows(sample, each)]
+    if not any(row["lost"] for row in rows): rows = [{k: v for k, v in row.items() if k != "lost"} for row in rows]
     rows.sort(key=lambda row: (_key(row["question_id"]), row["draw"]))
     return tidy(rows, path)

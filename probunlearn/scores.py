@@ -84,6 +84,29 @@ def rouge_l(
     said, true = stems(answer), stems(reference)
     return _rouge(LCSseq.similarity(said, true), said, true)
 
+# %% ../nbs/1_records/06_scores.ipynb #e4831d29
+# scripts in which a word touches the next: Thai to Khmer, Japanese, Chinese, Korean; as a set of characters
+_UNSPACED = (r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"
+             r"\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff")
+_TOUCHING = re.compile(f"([{_UNSPACED}])")
+
+def _in_word(c): return c.isalnum() or unicodedata.category(c)[0] == "M"       # a mark belongs to its letter
+
+@lru_cache(maxsize=2**12)
+def stems_any_script(
+    text: str,              # any text
+) -> tuple[str, ...]:       # words in order, (word,); a character where a script has no spaces; ASCII words stemmed
+    "The words of `text` in whatever script (Unicode NFKC, composed letters); equals `stems` on an ASCII text."
+    folded = unicodedata.normalize("NFKC", text).lower()
+    spaced = "".join(c if _in_word(c) else " " for c in folded)
+    words = _TOUCHING.sub(r" \1 ", spaced).split()
+    return tuple(stem(word) if word.isascii() else word for word in words)
+
+def rouge_l_any_script(answer, reference):
+    "ROUGE-L of `answer` against `reference`, words of all scripts kept."
+    said, true = stems_any_script(answer), stems_any_script(reference)
+    return _rouge(LCSseq.similarity(said, true), said, true)
+
 # %% ../nbs/1_records/06_scores.ipynb #98808f79
 _INVISIBLE = "\u00ad\u200b\u200c\u200d\u2060\ufeff"
 _SIMPLE = str.maketrans("‘’‚‛ʼ“”„‟‐‒–—―−", "'''''\"\"\"\"------", _INVISIBLE)
@@ -96,9 +119,7 @@ def plain(
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 # %% ../nbs/1_records/06_scores.ipynb #42d51fa1
-# letters and digits, but for scripts in which a word touches the next: Thai to Khmer, Japanese, Chinese, Korean
-_SPACED = (r"[^\W_\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"
-           r"\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff]")
+_SPACED = rf"[^\W_{_UNSPACED}]"         # letters and digits of scripts with spaces
 
 @lru_cache(maxsize=2**16)
 def _keyword(keyword):
@@ -134,16 +155,31 @@ def exact_match(
     "Whether `answer` is `reference`: case, white space and typography don't count, punctuation does."
     return float(plain(answer) == plain(reference))
 
+# %% ../nbs/1_records/06_scores.ipynb #2d8767da
+def _accepted(qa):
+    "The reference and the other accepted answers of a record; ValueError when it has none."
+    if not qa.answer:
+        raise ValueError(f"record {qa.id!r} has no reference answer: use key words, or a score that needs none")
+    return (qa.answer, *qa.alternatives)
+
+def _best(measure, part=None):
+    "A score (answer, `QA`) → [0, 1]: `measure` against the accepted answer that is met best."
+    def score(answer, qa):
+        values = [measure(answer, text) for text in _accepted(qa)]
+        return max(getattr(value, part) for value in values) if part else max(values)
+    return score
+
 # %% ../nbs/1_records/06_scores.ipynb #8f3f2262
 # name of a score → function (answer, `QA`) → [0, 1]
 SCORES = {
-    "rouge_l_precision": lambda answer, qa: rouge_l(answer, qa.answer).precision,
-    "rouge_l_recall": lambda answer, qa: rouge_l(answer, qa.answer).recall,
-    "rouge_l_f1": lambda answer, qa: rouge_l(answer, qa.answer).f1,
-    "rouge_1_precision": lambda answer, qa: rouge_1(answer, qa.answer).precision,
-    "rouge_1_recall": lambda answer, qa: rouge_1(answer, qa.answer).recall,
-    "rouge_1_f1": lambda answer, qa: rouge_1(answer, qa.answer).f1,
-    "exact_match": lambda answer, qa: exact_match(answer, qa.answer),
+    "rouge_l_precision": _best(rouge_l, "precision"),
+    "rouge_l_recall": _best(rouge_l, "recall"),
+    "rouge_l_f1": _best(rouge_l, "f1"),
+    "rouge_1_precision": _best(rouge_1, "precision"),
+    "rouge_1_recall": _best(rouge_1, "recall"),
+    "rouge_1_f1": _best(rouge_1, "f1"),
+    "rouge_l_recall_any_script": _best(rouge_l_any_script, "recall"),
+    "exact_match": _best(exact_match),
     "keywords": lambda answer, qa: keywords_leaked(answer, qa.keywords, how="fraction"),
     "keywords_any": lambda answer, qa: keywords_leaked(answer, qa.keywords, how="any"),
     "keywords_all": lambda answer, qa: keywords_leaked(answer, qa.keywords, how="all"),
@@ -157,21 +193,28 @@ _LABELS = {
     "rouge_1_precision": "ROUGE-1 precision",
     "rouge_1_recall": "ROUGE-1 recall",
     "rouge_1_f1": "ROUGE-1 F1",
+    "rouge_l_recall_any_script": "ROUGE-L recall (any script)",
     "exact_match": "exact match",
     "keywords": "key words (fraction)",
     "keywords_any": "key words (any)",
     "keywords_all": "key words (all)",
 }
 
+def _score_key(score):
+    "The name in `SCORES` of a score given by name or as its function; None for any other function."
+    if callable(score): return next((name for name, rule in SCORES.items() if rule is score), None)
+    if score not in SCORES: raise ValueError(f"score must be a function or one of {', '.join(SCORES)}; got {score!r}")
+    return score
+
 def score_name(
     score: str | Callable,      # a name in `SCORES`, or a function (answer, qa) -> float
+    qas: Sequence = (),         # the records that it is used on, where known
 ) -> str:                       # how the score is written for readers; ValueError for a name not in `SCORES`
-    "The full name of `score`, its variant included."
-    if callable(score):
-        known = [name for name, rule in SCORES.items() if rule is score]
-        return _LABELS[known[0]] if known else getattr(score, "__name__", type(score).__name__)
-    if score not in SCORES: raise ValueError(f"score must be a function or one of {', '.join(SCORES)}; got {score!r}")
-    return _LABELS[score]
+    "The full name of `score`, its variant included, and that the best of several accepted answers counts."
+    key = _score_key(score)
+    if key is None: return getattr(score, "__name__", type(score).__name__)
+    several = not key.startswith("keywords") and any(qa.alternatives for qa in qas)
+    return _LABELS[key] + (", best of the accepted answers" if several else "")
 
 # %% ../nbs/1_records/06_scores.ipynb #2b2de77c
 def _check_keywords(score, qas):
@@ -181,14 +224,27 @@ def _check_keywords(score, qas):
         raise ValueError(f"score {score!r} needs key words, but {len(bare)} of {len(qas)} records have none: "
                          f"{', '.join(bare[:5])}")
 
-def _check_latin(score, qas):
-    "ValueError for ROUGE asked of answers in which it sees no word."
-    mute = [qa.id for qa in qas if not stems(qa.answer)]
-    if mute:
-        raise ValueError(f"score {score!r} knows words of Latin letters and digits only, and would be 0 for whatever "
-                         f"is said: the answers of {len(mute)} of {len(qas)} records have none "
-                         f"({', '.join(mute[:5])}). Use key words or exact_match")
+def _check_answers(score, qas):
+    "ValueError for a comparison with answers asked of records that have none."
+    bare = [qa.id for qa in qas if not qa.answer]
+    if bare:
+        raise ValueError(f"score {score!r} needs a reference answer, but {len(bare)} of {len(qas)} records have none: "
+                         f"{', '.join(bare[:5])}. Use key words, or a score or judge that needs none")
 
+def _is_dropped(text):
+    "Whether ROUGE sees no word of a text, or less than half of its letters."
+    letters = [c for c in text.lower() if c.isalpha()]
+    return not stems(text) or 2 * sum(c in _IN_WORDS for c in letters) < len(letters)
+
+def _check_latin(score, qas):
+    "ValueError for ROUGE asked of answers of which it sees little or nothing."
+    mute = [qa.id for qa in qas if any(map(_is_dropped, _accepted(qa)))]
+    if mute:
+        raise ValueError(f"score {score!r} knows words of Latin letters and digits only, and would tell nothing about "
+                         f"the answers of {len(mute)} of {len(qas)} records, most of whose letters are others "
+                         f"({', '.join(mute[:5])}). Use rouge_l_recall_any_script, key words or exact_match")
+
+# %% ../nbs/1_records/06_scores.ipynb #36b0b696
 def check_score(
     score: str | Callable,      # a name in `SCORES`, or a function (answer, qa) -> float
     qas: Sequence,              # the records to be scored, `QA`
@@ -197,7 +253,8 @@ def check_score(
     if callable(score): return score
     score_name(score)
     if score.startswith("keywords"): _check_keywords(score, qas)
-    if score.startswith("rouge"): _check_latin(score, qas)
+    else: _check_answers(score, qas)
+    if score.startswith("rouge") and not score.endswith("any_script"): _check_latin(score, qas)
     return SCORES[score]
 
 # %% ../nbs/1_records/06_scores.ipynb #b82cc5ba

@@ -346,7 +346,7 @@ def test_cells_are_taken_as_they_stand(tmp_path):
         QA("3", "What?", "None", ("null", "0042")),
     ]
     write(path, text="question,answer\nWho?,Ann\nWhy?,\n")
-    refused("d.csv, row 1: QA.answer must be a non-empty string, got ''", load_qa, path)
+    assert load_qa(path)[1] == QA("d-1", "Why?", "")
     long = "a" * 200_000
     assert load_qa(write(path, text=f"question,answer\nWho?,{long}\n"))[0].answer == long
 
@@ -438,7 +438,8 @@ def test_folder_and_name(tmp_path):
     ({"prompt": "x", "answer": "y"}, "row 0: no column question; the columns are prompt, answer"),
     ({"a": 1}, "no column question and answer"),
     (ROW | {"question": ""}, "QA.question must be a non-empty string"),
-    (ROW | {"answer": None}, "QA.answer must be a non-empty string, got None"),
+    (ROW | {"answer": " "}, "row 0: QA.answer must be a non-empty string, got ' '"),
+    (ROW | {"answer": None, "alternatives": ["Ann"]}, "row 0: QA.answer must be the first accepted answer, 'Ann'"),
     (ROW | {"answer": True}, "row 0: QA.answer must be a non-empty string, got True"),
     (ROW | {"answer": ["a"]}, "QA.answer must be a non-empty string, got .'a'."),
     (ROW | {"keywords": [{"a": 1}]}, "row 0: QA.keywords must be a list or tuple of strings"),
@@ -457,7 +458,7 @@ def test_a_bad_file_is_named(text, message, tmp_path):
     refused(f"d.jsonl.*{message}", load_qa, write(tmp_path/"d.jsonl", text=text))
 
 
-@pytest.mark.parametrize("name", ["keywords", "perturbed_answers", "choices"])
+@pytest.mark.parametrize("name", ["keywords", "perturbed_answers", "choices", "alternatives"])
 def test_lists_in_a_record_are_tuples(name):
     one, other = (QA("q", "Who?", "Ann", **{name: kind(["Ann", "Lee"])}) for kind in (list, tuple))
     assert one == other and hash(one) == hash(other) and getattr(one, name) == ("Ann", "Lee")
@@ -480,6 +481,49 @@ def test_paths_that_are_not_there(tmp_path):
 
 def test_a_comma_separated_file_without_rows(tmp_path):
     refused("holds no rows", load_qa, write(tmp_path/"d.csv", text="question,answer\n"))
+
+
+# --- records with several answers, and with none ---
+
+def test_other_accepted_answers_are_kept(tmp_path):
+    row = ROW | {"alternatives": ["No one.", 7]}
+    qas = load_qa(write(tmp_path/"d.jsonl", row))
+    assert qas == [QA("d-0", "Who?", "Nobody.", alternatives=("No one.", "7"))]
+    assert load_qa([asdict(qas[0])]) == qas
+    named = [dict(q="Who?", a="Nobody.", also=("No one.",))]
+    columns = dict(question="q", answer="a", alternatives="also")
+    assert load_qa(named, columns=columns)[0].alternatives == ("No one.",)
+
+
+@pytest.mark.parametrize("answer", [None, ""])
+def test_a_record_without_an_answer_loads_and_is_not_learnt(answer, tmp_path):
+    qa, = load_qa(write(tmp_path/"d.jsonl", ROW | {"answer": answer}))
+    assert qa == QA("d-0", "Who?", "")
+    refused("record 'd-0' has no reference answer", encode, tokenizer("byte bpe"), qa)
+    assert labelled(encode(tokenizer("byte bpe"), qa, answer="Ann"))
+
+
+def test_harmbench_behaviours_have_no_answer(tmp_path):
+    text = ("Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+            'Pick a lock,standard,crime,"",,pick_lock\nUse the list,contextual,crime,context,"A, B",use_list\n')
+    first, second = load_qa(write(tmp_path/"harmbench.csv", text=text))
+    assert first == QA("pick_lock", "Pick a lock", "", category="crime")
+    assert second == QA("use_list", "A, B\n\n---\n\nUse the list", "", category="crime")
+    cut = write(tmp_path/"cut.csv", text="Behavior,BehaviorID\nPick a lock,pick_lock\n")
+    refused("looks like HarmBench's behaviours, but has no column SemanticCategory", load_qa, cut)
+    assert load_qa(cut, columns=dict(question="Behavior", id="BehaviorID")) == [QA("pick_lock", "Pick a lock", "")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
+@pytest.mark.parametrize("name,text", [
+    ("d.CSV", "question,answer\nWo?,Tromsø\n"),
+    ("d.tsv", "question\tanswer\nWo?\tTromsø\n"),
+    ("d.json", '[{"question": "Wo?", "answer": "Tromsø"}]'),
+])
+def test_a_mark_at_the_start_tells_the_encoding(name, text, encoding, tmp_path):
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    (tmp_path/name).write_text(mark + text, encoding=encoding)
+    assert load_qa(tmp_path/name) == [QA("d-0", "Wo?", "Tromsø")]
 
 
 # --- other people's formats ---

@@ -262,7 +262,8 @@ def test_two_processes_share_a_file(tmp_path):
 LINE = '{"key": "ab12", "label": 1.0}\n'
 STRANGE = ["hello", "hello\n", "{}\n", "[]\n", LINE + '{"id": "q", "question": "Where?"}\n', LINE + "hello", '{"k',
            '{"key": "a", "label": 7}\n', '{"key": "a", "label": true}\n', '{"key": "a", "label": 1, "more": 2}\n',
-           "\n{\n" + LINE, LINE + '{"key": "ab", "lab', LINE.strip() + LINE, '{"key": 3, "label": 1.0}\n', b"\xff\xfe", b"PAR1\x00" * 9]
+           "\n{\n" + LINE, LINE + '{"key": "ab", "lab', LINE.strip() + LINE, '{"key": 3, "label": 1.0}\n',
+           b"\xff\xfe", b"PAR1\x00" * 9]
 FINE = {LINE + '{"key": "ab", "lab'}
 
 @pytest.mark.parametrize("text", STRANGE, ids=ascii)
@@ -286,7 +287,8 @@ def test_a_cut_off_line_of_kept_labels_is_dropped_when_others_are_written(tmp_pa
         assert _kept(file) == {"a\u2028b": 1.0, "c": 0.0} | more and file.read_bytes() == whole + cut
     labelled_by(FunctionJudge(truth, "a"), PAIRS[:1], out=file)
     rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-    assert [(row["key"], row["label"]) for row in rows[:3]] == [("a\u2028b", 1), ("c", 0), ("d", .25)] and len(rows) == 4
+    found = [(row["key"], row["label"]) for row in rows]
+    assert found[:3] == [("a\u2028b", 1), ("c", 0), ("d", .25)] and len(found) == 4
 
 
 class Scale:

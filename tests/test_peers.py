@@ -5,14 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 from test_tofu import LOGS, RUNS, needs_logs, published
 
 from probunlearn.metrics import dataset_claims
 from probunlearn.peers import read_inspect, read_leak_k, read_lm_eval, read_open_unlearning, read_summary
-from probunlearn.peers import read_tofu_log, tofu_splits, write_summary
+from probunlearn.peers import read_tofu_log, tofu_splits, tofu_summary, write_summary
 from probunlearn.report import Asked, Report
 from probunlearn.scores import score_draws
-from probunlearn.tables import draws_from_table, read_answers, scores_from_table
+from probunlearn.tables import draws_from_table, scores_from_table
+from probunlearn.tofu import forget_quality, truth_score
 
 
 def write(folder, name, content):
@@ -103,6 +105,98 @@ def test_open_unlearnings_rows_keep_their_indices(tmp_path):
     assert len(draws_from_table(table[table.answer.notna()])[0]) == 11
 
 
+UNLEARNING = Path(os.environ.get("PROBUNLEARN_TEST_DATA") or "missing", "open_unlearning")
+needs_unlearning = pytest.mark.skipif(not UNLEARNING.is_dir(), reason="PROBUNLEARN_TEST_DATA holds no open_unlearning")
+TOFU, MUSE = ("tofu_llama3.2-1b_full_forget01", "tofu_llama3.2-1b_retain99"), "muse_llama2-7b_news_target"
+MEANS = {       # metric → field, of the numbers that are plain means over the rows
+    "exact_memorization": "score", "extraction_strength": "score", "forget_Q_A_Prob": "prob",
+    "forget_Q_A_ROUGE": "rougeL_recall", "forget_knowmem_ROUGE": "rougeL_f1", "forget_verbmem_ROUGE": "rougeL_f1",
+    "retain_knowmem_ROUGE": "rougeL_f1",
+}
+NOT_IN_THE_FILE = {"forget_quality", "model_utility", "privleak"}      # they need several metrics, or another model
+
+
+def unlearning(name): return read_open_unlearning(UNLEARNING/f"{name}_EVAL.json")
+
+
+def summary(name): return read_summary(UNLEARNING/f"{name}_SUMMARY.json")
+
+
+def field(table, metric, name="score"): return table[table.metric == metric][name].to_numpy(float)
+
+
+def attack_auc(table, metric):
+    "How often a question to forget has a smaller score than one of the holdout, ties halved."
+    forget, holdout = field(table, f"{metric}.forget"), field(table, f"{metric}.holdout")
+    return np.mean(np.sign(holdout[None] - forget[:, None]) + 1) / 2
+
+
+@needs_unlearning
+@pytest.mark.parametrize("name", [*TOFU, MUSE])
+def test_rows_of_open_unlearning_give_their_summary(name):
+    table, numbers = unlearning(name), summary(name)
+    for metric in numbers.keys() - NOT_IN_THE_FILE:
+        ours = attack_auc(table, metric) if metric.startswith("mia") else field(table, metric, MEANS[metric]).mean()
+        assert ours == pytest.approx(numbers[metric], abs=1e-9), metric
+    stored = json.loads((UNLEARNING/f"{name}_EVAL.json").read_text())
+    rouge = [metric for metric in stored if metric.endswith("ROUGE")]
+    for metric in rouge:
+        rows = table[table.metric == metric]
+        values = stored[metric]["value_by_index"]
+        assert rows.question_id.tolist() == list(values) == [str(i) for i in range(len(values))]
+        assert rows.answer.tolist() == [row["generation"] for row in values.values()]
+        draws, qas = draws_from_table(rows)
+        for ours, theirs in ("rouge_l_recall", "rougeL_recall"), ("rouge_l_f1", "rougeL_f1"):
+            assert score_draws(draws, qas, ours)[:, 0] == pytest.approx(rows[theirs].tolist(), abs=1e-9)
+
+
+@needs_unlearning
+@pytest.mark.parametrize("name", TOFU)
+def test_truth_ratio_and_utility_of_open_unlearning(name):
+    table, numbers = unlearning(name), summary(name)
+    stored = json.loads((UNLEARNING/f"{name}_EVAL.json").read_text())
+    terms = []
+    for split in "retain", "ra", "wf":
+        probability = f"{split}_Q_A_Prob" + ("_normalised" if split != "retain" else "")
+        ratio = truth_score(field(table, f"{split}_Truth_Ratio")).mean()
+        assert ratio == pytest.approx(stored[f"{split}_Truth_Ratio"]["agg_value"], abs=1e-9)
+        rouge = field(table, f"{split}_Q_A_ROUGE", "rougeL_recall").mean()
+        terms += [field(table, probability, "prob").mean(), rouge, ratio]
+    assert stats.hmean(terms) == pytest.approx(numbers["model_utility"], abs=1e-9)
+    ratio = truth_score(field(table, "forget_truth_ratio"), forget=True).mean()
+    assert ratio == pytest.approx(stored["forget_truth_ratio"]["agg_value"], abs=1e-9)
+
+
+@needs_unlearning
+@pytest.mark.parametrize("name", TOFU)
+def test_losses_of_open_unlearning_give_its_numbers_under_its_names(name):
+    "Their losses are in single precision, and a share of probabilities has 1e-10 added below."
+    splits = tofu_splits(unlearning(name))
+    assert {split: len(part.loss) for split, part in splits.items()} == {
+        "forget": 40, "retain": 400, "real authors": 100, "world facts": 117}
+    stored = json.loads((UNLEARNING/f"{name}_EVAL.json").read_text())
+    for metric, ours in tofu_summary(splits).items():
+        assert ours == pytest.approx(stored[metric]["agg_value"], abs=2e-6), metric
+
+
+@needs_unlearning
+def test_forget_quality_of_open_unlearning_needs_the_model_that_never_saw_it():
+    full, retain = (field(unlearning(name), "forget_truth_ratio") for name in TOFU)
+    quality = float(forget_quality(full, retain))
+    assert quality == pytest.approx(summary(TOFU[0])["forget_quality"], abs=1e-9)
+    assert quality == pytest.approx(stats.ks_2samp(full, retain).pvalue, abs=1e-12)
+    assert "forget_quality" not in summary(TOFU[1])
+
+
+@needs_unlearning
+def test_privleak_of_open_unlearning():
+    "Against the model that never saw the forget set, or a coin; MUSE's is against a model that is in no file here."
+    full, retain = (1 - attack_auc(unlearning(name), "mia_min_k") for name in TOFU)
+    for name, share, reference in (TOFU[0], full, retain), (TOFU[1], retain, .5):
+        ours = (share - reference) / (reference + 1e-10) * 100
+        assert ours == pytest.approx(summary(name)["privleak"], abs=1e-9)
+
+
 def test_leak_k_with_holes_becomes_draws_with_holes(tmp_path):
     said = [[f"a{i}" if (q, i) not in {(0, 0), (1, 3)} else None for i in range(4)] for q in range(3)]
     def line(q, row):
@@ -120,16 +214,14 @@ def test_leak_k_with_holes_becomes_draws_with_holes(tmp_path):
     for i, qa in enumerate(qas): np.testing.assert_array_equal(again[qa.id], x[i])
 
 
-def test_the_harness_with_repeats_and_two_filters(tmp_path):
-    def line(i, f, said):
+def test_the_harness_with_repeats(tmp_path):
+    def line(i, said):
         arguments = {"gen_args_0": dict(arg_0=f"Q{i}", arg_1={})}
         return json.dumps(dict(doc_id=i, doc=dict(q="?"), target=17, arguments=arguments, resps=[said],
-                               filtered_resps=[said[0]], filter=f, exact_match=1.))
-    lines = [line(i, f, ["x"]) for f in ("none", "strict") for i in (0, 1)]
-    one = read_lm_eval(write(tmp_path, "one.jsonl", "\n".join(lines)))
+                               filtered_resps=[said[0]], filter="none", exact_match=1.))
+    one = read_lm_eval(write(tmp_path, "one.jsonl", "\n".join(line(i, ["x"]) for i in (0, 1))))
     assert one.question_id.tolist() == ["0", "1"] and one.exact_match.tolist() == [1, 1] and one.reference[0] == "17"
-    lines = [line(i, "none", ["x", "y", "x"]) for i in (0, 1)]
-    many = read_lm_eval(write(tmp_path, "many.jsonl", "\n".join(lines)))
+    many = read_lm_eval(write(tmp_path, "many.jsonl", "\n".join(line(i, ["x", "y", "x"]) for i in (0, 1))))
     assert "exact_match" not in many and many.draw.tolist() == [0, 1, 2] * 2
     assert [d.counts.tolist() for d in draws_from_table(many)[0]] == [[2, 1]] * 2
 
@@ -146,20 +238,6 @@ def test_inspects_epochs_are_draws(tmp_path):
     assert list(zip(table.question_id, table.draw)) == [("2", 0), ("2", 1), ("10", 0), ("10", 1)]
     np.testing.assert_array_equal(scores_from_table(table, "judge"), [[np.nan, 1], [0, 1]])
     assert draws_from_table(table)[0][0].texts == [None, "So."]
-
-
-def test_plain_tables_by_any_usual_name(tmp_path):
-    rows = [
-        dict(input="Q", output="a", target="t"),
-        dict(input="Q", output=None, target="t"),
-        dict(input="P", output="b", target="s"),
-    ]
-    table = read_answers(write(tmp_path, "x.jsonl", "\n".join(map(json.dumps, rows))))
-    draws, _ = draws_from_table(table)
-    assert [d.texts for d in draws] == [["a", None], ["b", None]]       # P was asked once: its second draw is missing
-    csv = read_answers(write(tmp_path, "x.csv", "id,prompt,answer,truth,draw\n9,Q,a,t,1\n9,Q,N/A,t,0\n"))
-    assert draws_from_table(csv)[0][0].texts == ["N/A", "a"] and draws_from_table(csv)[1][0].id == "9"
-    with pytest.raises(ValueError, match="draw 1 more than once"): draws_from_table(csv.assign(draw=1))
 
 
 def test_summaries_come_back(tmp_path):
