@@ -480,7 +480,7 @@ def _ended(tok, ids, ends, behind):
     kept = len(ids) - (ids[-1] == tok.eos_token_id)
     return ids[:kept] + [tok.eos_token_id], ends[:kept] + [behind]
 
-# %% ../nbs/1_records/01_data.ipynb #ec5990ae
+# %% ../nbs/1_records/01_data.ipynb #bee28ffb
 def _thought(behind, answer):
     "How many characters of what a chat template writes behind the prompt are a thought, none of them the answer's own."
     thought = re.match(r"\s*<think>.*?</think>\s*", behind, re.DOTALL)
@@ -494,7 +494,7 @@ def _check_border(tok, qa, template, ids):
                      "visible character (or another one than now), and begin its answer with the space: "
                      "Template('… Answer:', ' {answer}')")
 
-# %% ../nbs/1_records/01_data.ipynb #e5503e6f
+# %% ../nbs/1_records/01_data.ipynb #5c436b21
 def encode(
     tok,                                # a fast tokenizer (it must give character offsets)
     qa: QA,

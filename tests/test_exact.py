@@ -46,15 +46,11 @@ def all_answers(model, decoding, beginning=(), p=1.):
         else: yield from all_answers(model, decoding, answer, p * share)
 
 
-<<<<<<< HEAD
-# --- likelihood --------------------------------
-=======
 def enumerated(model, decoding=SHORT, qa=ASK, *, mass=1, **how):
     return enumerate_answers(model, qa, decoding, mass=mass, progress=False, **how)
 
 
 # --- likelihood ---------------------------------------------------------------------------------------------------
->>>>>>> exact
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_likelihood_equals_a_plain_forward_pass(setting):
@@ -102,9 +98,6 @@ def test_extraction_by_definition():
     assert draws_to_extract([-np.inf, 0.]).tolist() == [np.inf, 1]
 
 
-<<<<<<< HEAD
-# --- enumeration --------------------------------
-=======
 class Server:
     name, asked, identity, at_once = "server", "somehow", {}, 1
     def greedy(self, qas, decoding): return []
@@ -118,7 +111,6 @@ def test_a_server_keeps_its_probabilities(ask, full):
 
 
 # --- enumeration --------------------------------------------------------------------------------------------------
->>>>>>> exact
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_full_enumeration_on_every_architecture(kind):
@@ -180,11 +172,7 @@ def test_a_prompt_of_one_token_and_an_answer_of_one():
     assert len(e.p) == 6 and e.open == 0 and e.reads == 1
 
 
-<<<<<<< HEAD
-# --- head and tail --------------------------------
-=======
 # --- head and tail ------------------------------------------------------------------------------------------------
->>>>>>> exact
 
 def test_draws_from_the_rest_follow_the_rest():
     model, n = random_model(vocab=5, seed=4), 20_000
@@ -266,11 +254,7 @@ def test_head_and_tail_bounds_the_mean_score_too():
     assert low <= truth <= high < float(binary_bound(0, 200)) / 5
 
 
-<<<<<<< HEAD
-# --- importance sampling --------------------------------
-=======
 # --- importance sampling ------------------------------------------------------------------------------------------
->>>>>>> exact
 
 def proposal_model(): return constant_model([.05, .02, .01, .5, .42])          # says the leak half of the time
 
