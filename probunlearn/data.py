@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import os
+import re
 import warnings
 
 # %% ../nbs/1_records/01_data.ipynb #8479ff52
@@ -410,10 +411,19 @@ def _chat_messages(tok, question, system):
     except TemplateError: shown = False
     return both if shown else [{"role": "user", "content": f"{system}\n\n{question}"}]
 
+def _chat_prompt(tok, messages):
+    "What the tokenizer's chat template prompts with; ValueError when the question isn't in it, not even quoted."
+    question = messages[-1]["content"].strip()
+    def prompt(messages): return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    shown = prompt(messages)
+    if question in shown or shown != prompt([*messages[:-1], {"role": "user", "content": "?"}]): return shown
+    raise ValueError(f"the chat template leaves the question out, and writes {shown[-60:]!r}: pass a plain template, "
+                     "template=Template(), or set tok.chat_template to one that shows a user's text")
+
 def _chat_texts(tok, question, answer, system):
     "Prompt and whole text as the tokenizer's chat template writes them; ValueError when one doesn't begin the other."
     messages = _chat_messages(tok, question, system)
-    prompt = tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = _chat_prompt(tok, messages)
     if answer is None: return prompt, prompt
     text = tok.apply_chat_template(messages + [{"role": "assistant", "content": answer}], tokenize=False)
     if not text.startswith(prompt):
@@ -470,20 +480,38 @@ def _ended(tok, ids, ends, behind):
     kept = len(ids) - (ids[-1] == tok.eos_token_id)
     return ids[:kept] + [tok.eos_token_id], ends[:kept] + [behind]
 
+# %% ../nbs/1_records/01_data.ipynb #bee28ffb
+def _thought(behind, answer):
+    "How many characters of what a chat template writes behind the prompt are a thought, none of them the answer's own."
+    thought = re.match(r"\s*<think>.*?</think>\s*", behind, re.DOTALL)
+    return thought.end() if thought and "<think>" not in answer else 0
+
+def _check_border(tok, qa, template, ids):
+    "ValueError when the prompt's tokens are others with the answer behind them; `ids` are those."
+    if encode_prompt(tok, qa.question, template) == ids: return
+    raise ValueError(f"question {qa.id!r}: the tokenizer merges the end of the prompt with the answer, so a model "
+                     "would learn it behind another prompt than it is asked with; end the template's prompt with a "
+                     "visible character (or another one than now), and begin its answer with the space: "
+                     "Template('… Answer:', ' {answer}')")
+
+# %% ../nbs/1_records/01_data.ipynb #5c436b21
 def encode(
     tok,                                # a fast tokenizer (it must give character offsets)
     qa: QA,
     template: Template = Template(),
     answer: str = None,                 # another answer to the same question; default: the record's own
 ) -> dict:                              # `input_ids` and `labels` (-100 outside the answer), lists of equal length
-    "Token ids of one record with its answer marked by the labels; ValueError for a record without an answer."
+    "Token ids of one record, its answer marked by the labels; ValueError without one, or where prompt and answer merge."
     if answer is None and not qa.answer:
         raise ValueError(f"record {qa.id!r} has no reference answer, so there is nothing to learn or to measure: "
                          "take it out, or give it one")
-    prompt, text = template.texts(tok, qa.question, qa.answer if answer is None else answer)
+    answer = qa.answer if answer is None else answer
+    prompt, text = template.texts(tok, qa.question, answer)
     encoded = tok(text, add_special_tokens=not template.chat, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])
     ends = [end for _, end in encoded["offset_mapping"]]
     if not template.chat: ids, ends = _ended(tok, ids, ends, len(text) + 1)
-    labels = [i if end > len(prompt) else -100 for i, end in zip(ids, ends)]
+    _check_border(tok, qa, template, [i for i, end in zip(ids, ends) if end <= len(prompt)])
+    first = len(prompt) + (_thought(text[len(prompt):], answer) if template.chat else 0)
+    labels = [i if end > first else -100 for i, end in zip(ids, ends)]
     return dict(input_ids=ids, labels=labels)

@@ -21,7 +21,8 @@ from .draws import Decoding, fingerprint, prompt_words
 from .files import write_text
 from .sampling import BLOCK, draw_answers, encode_prompts, greedy_answers
 from .temperature import AdaptiveTemperature
-from .weights import adapted, end_ids, lm_fingerprint, packaged, read_weights, sharded, write_weights
+from .weights import adapted, adapter_base, beside, end_ids, lm_fingerprint, packaged, read_weights
+from .weights import sharded, write_weights
 
 # %% ../nbs/5_models/06_models.ipynb #40ede19b
 class Model(Protocol):
@@ -175,28 +176,30 @@ def _saved(model, folder, dtype):
     if first: write_text(folder/TEMPLATE, notes)
     return folder
 
-def _template_beside(source):
-    "The template that was saved with a model, or None; ValueError when the file is something else."
-    file = Path(str(source))/TEMPLATE
-    if not file.is_file(): return None
+def _template_beside(source, place):
+    "The template that was saved with a model, or with an adapter's base, or None; ValueError for another file."
+    file = beside(source, TEMPLATE, place)
+    if not file:
+        base = adapter_base(source, place)
+        return base and _template_beside(*base)
     try: return Template(**json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
         raise ValueError(f"{file} is no template of a model ({e}): remove it, or save the model again") from e
 
 # %% ../nbs/5_models/06_models.ipynb #32442598
 def load_model(
-    source,                     # folder or hub id
+    source,                     # folder, `.gguf` file or hub id, of a model or of an adapter
     *,
     template: Template = None,  # how it is asked; default: as it was saved, else its chat template, else a plain prompt
     rule=None,                  # `AdaptiveTemperature(…)`
-    name: str = None,           # what tables call it; default: the folder's or hub id's last part
+    name: str = None,           # what tables call it; default: the last part of the source
     dtype=None,                 # torch dtype; default: float32 on a CPU, else as stored
     device=None,                # "cuda", "mps", "cpu"; default: the best there is
-    **options,                  # passed to transformers' `from_pretrained` (quantisation, attention, …)
-) -> LocalModel:                # FileNotFoundError when it is nowhere, ValueError when the checkpoint lacks weights
+    **options,                  # passed to transformers' `from_pretrained` (revision, quantisation, attention, …)
+) -> LocalModel:                # FileNotFoundError when it is nowhere, ValueError when it can't answer
     "A causal language model, ready to be asked."
     lm, tok = read_weights(source, dtype, device, **options)
-    return LocalModel(lm, tok, template=template or _template_beside(source), rule=rule, name=name)
+    return LocalModel(lm, tok, template=template or _template_beside(source, options), rule=rule, name=name)
 
 # %% ../nbs/5_models/06_models.ipynb #ee0c21d9
 def small_model(

@@ -7,15 +7,23 @@ __all__ = []
 
 # %% ../nbs/5_models/01_weights.ipynb #8adfb945
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 import copy
 import hashlib
 import json
 import os
+import pickle
+import re
 import warnings
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import cached_file, logging
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
 
 # %% ../nbs/5_models/01_weights.ipynb #6b7776de
 def best_device() -> str:       # "cuda", "cuda:RANK" under torchrun, "mps" or "cpu"
@@ -38,43 +46,304 @@ def end_ids(
 
 # %% ../nbs/5_models/01_weights.ipynb #fbdbae67
 def _is_path(source):
-    "Whether a source can only mean a folder: it begins like a path, or has more than one slash."
+    "Whether a source can only mean something on the disk: it begins or ends like a path, or its folder is here."
     text = str(source)
-    return isinstance(source, Path) or Path(text).is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
+    if isinstance(source, Path) or Path(text).is_absolute() or text.startswith((".", "~")): return True
+    folder, slash, _ = text.partition("/")
+    return text.count("/") > 1 or bool(slash and Path(folder).is_dir()) or text.endswith(".gguf")
 
-def _check_source(source):
-    "FileNotFoundError for a path that leads nowhere."
-    if _is_path(source) and not Path(source).is_dir(): raise FileNotFoundError(f"no such folder: {source}")
+def _check_source(source, subfolder=""):
+    "FileNotFoundError for a path that leads nowhere, ValueError for a file that is no whole model."
+    path = Path(source)
+    if path.is_file() and path.suffix != ".gguf":
+        raise ValueError(f"{source} is a file, and a part of a model: pass the folder that holds it")
+    if path.exists(): path = path/subfolder
+    if path.exists(): return
+    if _is_path(source): raise FileNotFoundError(f"no such folder: {path} (and no hub is asked for a path)")
+
+# %% ../nbs/5_models/01_weights.ipynb #a9bfa83c
+def _line(error):
+    "The first line of an error's text."
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+
+def _unreadable(source, error):
+    "The error to raise where a file of a source can't be read."
+    if isinstance(error, pickle.UnpicklingError):
+        return ValueError(f"{source}: a .bin file holds more than weights, and nothing else is read of it, because "
+                          "a pickle can run code. Save the model as safetensors on a machine where you trust it.")
+    if isinstance(error, OSError) and not Path(source).exists():
+        return FileNotFoundError(f"{source!r} is neither a model folder nor on the hub or in its cache "
+                                 f"({_line(error)}). Offline, download it and pass the folder.")
+    kind = FileNotFoundError if isinstance(error, OSError) and "not a valid JSON" not in str(error) else ValueError
+    return kind(f"{source}: a file is missing, broken or cut off ({_line(error)}). Copy the folder again, whole.")
+
+@contextmanager
+def _reading(
+    source,         # folder, file or hub id
+):                  # context manager; FileNotFoundError or ValueError for what can't be read
+    "One sentence for each way in which reading fails, and no tables of weights on the screen."
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, json.JSONDecodeError) as e:
+        raise _unreadable(source, e) from e
+    except RuntimeError as e:
+        if "PytorchStreamReader" not in str(e): raise           # else a .bin that was cut off
+        raise _unreadable(source, e) from e
+    finally:
+        logging.set_verbosity(shown)
+
+# %% ../nbs/5_models/01_weights.ipynb #b14c7ecb
+_PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+def beside(
+    source,         # folder or hub id; of a GGUF file, its folder
+    name: str,      # of a file
+    place: dict,    # options of `_PLACE`; others are left out
+) -> Path:          # None where there is no such file
+    "A file that stands beside the weights, on the disk or on the hub."
+    source = Path(source).parent if Path(source).is_file() else source
+    place = {key: value for key, value in place.items() if key in _PLACE}
+    with _reading(source):
+        found = cached_file(str(source), name, **place, _raise_exceptions_for_gated_repo=False,
+                            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
+    return found and Path(found)
+
+# %% ../nbs/5_models/01_weights.ipynb #63eae897
+_OTHER_HEAD = re.compile("For.*(Classification|Answering|Choice|MaskedLM|Prediction|Regression|RewardModel|Retrieval)$")
+
+def _writes(config):
+    "Whether `transformers`, or code that comes with the model, can write from left to right with it."
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False): return False
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    return known or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
+
+def _check_writes(source, config):
+    "ValueError for a model that doesn't write text from left to right."
+    heads = [head for head in getattr(config, "architectures", None) or () if _OTHER_HEAD.search(head)]
+    if config.is_encoder_decoder: what = f"an encoder with a decoder ({config.model_type})"
+    elif heads: what = f"{heads[0]}, which has no head for words"
+    elif not _writes(config): what = f"a model of kind {config.model_type!r}, which doesn't write from left to right"
+    else: return
+    raise ValueError(f"{source} is {what}: pass a causal language model (…ForCausalLM)")
+
+# %% ../nbs/5_models/01_weights.ipynb #8924393d
+def _check_known(source, raw, trusted):
+    "ValueError for a kind of model that `transformers` doesn't know; `raw` is what config.json says."
+    if "model_type" not in raw:
+        raise ValueError(f"{source} holds no model: config.json is missing, or names no model_type")
+    known = raw["model_type"] in CONFIG_MAPPING
+    writes = known and CONFIG_MAPPING[raw["model_type"]] in MODEL_FOR_CAUSAL_LM_MAPPING
+    if "auto_map" in raw and not writes and not trusted:
+        raise ValueError(f"{source} brings code of its own, which isn't run unasked: read it, "
+                         "then pass trust_remote_code=True")
+    if known or trusted: return
+    raise ValueError(f"{source}: transformers {version('transformers')} knows no {raw['model_type']!r} models; "
+                     "a later one may (pip install -U transformers)")
+
+def _checked_config(source, place):
+    "The configuration of a causal language model; ValueError when it is another."
+    with _reading(source): raw, _ = PreTrainedConfig.get_config_dict(source, **place)
+    _check_known(source, raw, place["trust_remote_code"])
+    with _reading(source): config = AutoConfig.from_pretrained(source, **place)
+    _check_writes(source, config)
+    return config
 
 # %% ../nbs/5_models/01_weights.ipynb #b5b9544d
 def _check_whole(source, found):
-    "ValueError when a checkpoint lacks weights; `found` is what transformers reports about the loading."
+    "ValueError when weights are missing or of another shape; `found` is what transformers reports about the loading."
+    for name, there, wanted in sorted(found.get("mismatched_keys", ())):
+        raise ValueError(f"{source}: the weight {name} has the shape {tuple(there)}, and config.json asks for "
+                         f"{tuple(wanted)}. They belong to different models: copy both from the same place.")
     lost = sorted(found.get("missing_keys", ()))
     if not lost: return
     raise ValueError(f"{source}: {len(lost)} weights are missing from the checkpoint ({', '.join(lost[:3])}, …), and "
                      "random numbers would stand in for them. Copy the folder again, whole.")
 
+# %% ../nbs/5_models/01_weights.ipynb #b7805e75
+def _weights(source, place, options):
+    "The model of a folder or hub id, all of its weights read."
+    options = options | dict(weights_only=True, ignore_mismatched_sizes=True)       # no pickle runs; we check shapes
+    with _reading(source):
+        lm, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **place, **options)
+    _check_whole(source, found)
+    return lm
+
+def _tokenizer(source, place):
+    "The tokenizer of a folder or hub id; ValueError when there is none, or a broken one."
+    try:
+        with _reading(source): return AutoTokenizer.from_pretrained(source, **place)
+    except Exception as e:          # the tokenizers' library raises plain Exceptions
+        if isinstance(e, FileNotFoundError) and not Path(source).exists(): raise
+        remedy = "copy tokenizer.json and tokenizer_config.json of the model into the folder"
+        if "trust_remote_code" in str(e): remedy = "read the code that comes with it, then pass trust_remote_code=True"
+        raise ValueError(f"{source}: the tokenizer can't be read ({_line(e)}): {remedy}") from e
+
+def _check_vocabulary(source, lm, tok):
+    "ValueError when the tokenizer has tokens that the model doesn't know."
+    rows, last = lm.get_input_embeddings().weight.shape[0], max(tok.get_vocab().values())
+    if last < rows: return
+    raise ValueError(f"{source}: the tokenizer counts {last + 1} tokens, and the model has embeddings for {rows}: "
+                     "take the tokenizer that the model was trained with")
+
+# %% ../nbs/5_models/01_weights.ipynb #b97fe00d
+def _read_plain(source, place, options):
+    "Model and tokenizer of a folder or hub id."
+    _checked_config(source, place)
+    return _weights(source, place, options), _tokenizer(source, place)
+
+# %% ../nbs/5_models/01_weights.ipynb #51c53cf3
+def _has_weights(folder):
+    "Whether a folder holds the weights of a whole model."
+    return any([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
+
+def _gguf(source, place):
+    "(folder, file name) of the GGUF file that a source means, or None; ValueError when there are several."
+    if place.get("gguf_file"): return source, place["gguf_file"]
+    path = Path(source)
+    if path.is_file(): return str(path.parent), path.name
+    path = path/place.get("subfolder", "")
+    found = sorted(file.name for file in path.glob("*.gguf"))
+    if not found or _has_weights(path): return None
+    if len(found) > 1: raise ValueError(f"{source} holds several GGUF files ({', '.join(found)}): pass one of them")
+    return source, found[0]
+
+# %% ../nbs/5_models/01_weights.ipynb #0393efa5
+def _as_plain(lm):
+    "A model that was unpacked, without the mark of its packed file, which would forbid to save it."
+    lm.hf_quantizer = None
+    lm.is_quantized = False
+    for owner, name in ((lm, "hf_quantizer"), (lm, "quantization_method"), (lm.config, "quantization_config")):
+        if name in vars(owner): delattr(owner, name)
+    return lm
+
+@contextmanager
+def _unpacking(folder, name):
+    "ValueError for a file that isn't GGUF, isn't whole, or holds a model that `transformers` can't unpack."
+    try:
+        with _reading(folder): yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        if str(e).startswith(f"{folder}: "): raise              # said already
+        raise ValueError(f"{name} can't be read as a GGUF file ({_line(e)}): copy it again, whole, "
+                         "or take the model's safetensors") from e
+
+# %% ../nbs/5_models/01_weights.ipynb #3740e830
+def _read_gguf(folder, file, place, options):
+    "Model and tokenizer of a GGUF file; ValueError when it can't be read as one."
+    name = str(Path(folder)/file)
+    if not find_spec("gguf"): raise ValueError(f"{name}: GGUF files are read by the package gguf: pip install gguf")
+    place = place | dict(gguf_file=file)
+    unpacked = getattr(transformers, "GgufConfig", None)        # earlier versions always unpack
+    if unpacked: options = options | dict(quantization_config=unpacked(dequantize=True))
+    with _unpacking(folder, name): config = AutoConfig.from_pretrained(folder, **place)
+    _check_writes(name, config)
+    with _unpacking(folder, name): lm = _weights(folder, place, options | dict(config=config))
+    return _as_plain(lm), _tokenizer(folder, place)
+
+# %% ../nbs/5_models/01_weights.ipynb #4e6b6515
+def adapter_base(
+    source,         # folder or hub id
+    place: dict,    # options of `_PLACE`
+) -> tuple:         # (base, its place), or None for a source that is no adapter; ValueError on a broken file
+    "The folder or hub id that an adapter names as its base."
+    file = None if Path(source).is_file() else beside(source, "adapter_config.json", place)
+    if not file: return None
+    with _reading(source): said = json.loads(file.read_text(encoding="utf-8"))
+    base = said.get("base_model_name_or_path")
+    if not base: raise ValueError(f"{file} names no base_model_name_or_path: write the base model's folder there")
+    if _has_weights(file.parent):
+        raise ValueError(f"{source} holds a whole model and an adapter: put the adapter's files in their own folder")
+    own = {name: value for name, value in place.items() if name not in ("revision", "subfolder", "gguf_file")}
+    return base, own | (dict(revision=said["revision"]) if said.get("revision") else {})
+
+_NAME_BASE = "write the base it was trained on into adapter_config.json"
+
+def _check_adapter(source, plan):
+    "ValueError for adapters that don't belong to the weights of a causal language model."
+    if plan.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(f"{source} adapts a model to {plan.task_type}: pass an adapter of a causal language model "
+                         "(CAUSAL_LM)")
+    if plan.is_prompt_learning:
+        raise ValueError(f"{source} is an adapter of kind {plan.peft_type.value}, which adds tokens that stand in no "
+                         "prompt: pass one that adapts weights, such as LoRA")
+
+# %% ../nbs/5_models/01_weights.ipynb #0b016608
+def _grow(lm, weights):
+    "Room in the embedding for the tokens that an adapter brought along."
+    name = next(name for name, module in lm.named_modules() if module is lm.get_input_embeddings())
+    ends = (f"{name}.weight", f"{name}.base_layer.weight")
+    rows = next((len(weight) for key, weight in weights.items() if key.endswith(ends)), lm.config.vocab_size)
+    if rows != lm.get_input_embeddings().weight.shape[0]: lm.resize_token_embeddings(rows, mean_resizing=False)
+
+def _check_adapter_whole(source, base, lm, weights):
+    "ValueError when the adapter's file and the layers of its base don't fit."
+    from peft import get_peft_model_state_dict
+    wanted = set(get_peft_model_state_dict(lm, save_embedding_layers=False))
+    lost = sorted(wanted - set(weights)) + sorted(key for key in set(weights) - wanted if "lora_" in key)
+    if lost:
+        raise ValueError(f"{source}: {len(lost)} weights of the adapter don't fit the layers of its base {base} "
+                         f"({lost[0]}, …): copy the adapter again, whole, or {_NAME_BASE}")
+
+# %% ../nbs/5_models/01_weights.ipynb #06dde2e9
+def _with_adapter(source, base, lm, place):
+    "A model with the adapter of a folder or hub id; ValueError when it doesn't fit."
+    from peft import PeftConfig, PeftModel
+    from peft.utils import load_peft_weights
+    place = {name: value for name, value in place.items() if name in _PLACE}
+    with _reading(source):
+        plan = PeftConfig.from_pretrained(source, **place)
+        weights = load_peft_weights(source, device="cpu", **place)
+    _check_adapter(source, plan)
+    _grow(lm, weights)
+    try:
+        with _reading(source): lm = PeftModel.from_pretrained(lm, source, config=plan, torch_device="cpu", **place)
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f"{source}: the adapter doesn't fit its base {base} ({_line(e)}): {_NAME_BASE}") from e
+    _check_adapter_whole(source, base, lm, weights)
+    return lm
+
+def _read_adapter(source, place, options):
+    "Model and tokenizer of an adapter and its base; the base's tokenizer where the adapter has none."
+    base, there = adapter_base(source, place)
+    try: lm, tok = _read(base, there, options)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{source} is an adapter, and its base isn't here: {e}; {_NAME_BASE}") from e
+    lm = _with_adapter(source, base, lm, place)
+    if beside(source, "tokenizer_config.json", place): tok = _tokenizer(source, place)
+    if not getattr(lm.get_base_model(), "is_quantized", False): lm = lm.merge_and_unload()
+    return lm, tok
+
+# %% ../nbs/5_models/01_weights.ipynb #bbdea716
+def _read(source, place, options):
+    "Model and tokenizer of a source of any kind."
+    _check_source(source, place.get("subfolder", ""))
+    source = str(source)
+    if gguf := _gguf(source, place): return _read_gguf(*gguf, place, options)
+    kind = _read_adapter if adapter_base(source, place) else _read_plain
+    return kind(source, place, options)
+
 def read_weights(
-    source,             # folder or hub id
+    source,             # folder, `.gguf` file or hub id, of a model or of an adapter
     dtype=None,         # torch dtype; default: float32 on a CPU, else as stored
     device=None,        # "cuda", "mps", "cpu"; default: the best there is
-    **options,          # passed to transformers' `from_pretrained` (quantisation, attention, …)
-) -> tuple:             # (lm, tok); FileNotFoundError when it is nowhere, ValueError when weights are missing
+    **options,          # passed to transformers' `from_pretrained` (revision, quantisation, attention, …)
+) -> tuple:             # (lm, tok); FileNotFoundError when it is nowhere, ValueError when it can't answer
     "A causal language model and its tokenizer, ready to answer."
-    _check_source(source)
     device = device or best_device()
     options = dict(dtype=dtype or (torch.float32 if device == "cpu" else "auto")) | options
-    try:
-        lm, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-        tok = AutoTokenizer.from_pretrained(source)
-    except OSError as e:
-        raise FileNotFoundError(f"{str(source)!r} is neither a model folder nor on the hub or in its cache ({e}). "
-                                "Offline, download it and pass the folder.") from e
-    _check_whole(source, found)
+    place = {name: options.pop(name) for name in (*_PLACE, "code_revision", "gguf_file") if name in options}
+    place["trust_remote_code"] = bool(options.pop("trust_remote_code", False))      # None would ask on the terminal
+    lm, tok = _read(source, place, options)
+    _check_vocabulary(source, lm, tok)
     end_ids(lm, tok)
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token     # masked everywhere: no new embedding row is needed
-    return lm.to(device).eval(), tok
+    lm.config._name_or_path = str(source)                           # of an adapter, not of its base
+    return (lm if options.get("device_map") else lm.to(device)).eval(), tok
 
+# %% ../nbs/5_models/01_weights.ipynb #40f8006d
 def packaged(
     state: str,         # "full", "retain" or "librarian"
 ):                      # the folder of a packaged model; ValueError on another state
@@ -110,7 +379,7 @@ def write_weights(
     folder,         # made when missing
     dtype=None,     # store in another format, e.g. torch.float16
 ) -> Path:          # the folder
-    "Write model and tokenizer; weights spread over processes are gathered (all processes call it, the first one writes)."
+    "Write model and tokenizer; weights spread over processes are gathered (all call it, the first one writes)."
     if hasattr(lm, "merge_and_unload"): lm = copy.deepcopy(lm).merge_and_unload()
     state = whole_state(lm)
     if dtype: state = _cast(state, dtype)

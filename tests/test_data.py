@@ -108,25 +108,50 @@ def read_with(tok, qa, out):
     return text[:-len(end)]
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
+MERGING = [kind for kind in TOKENIZERS if "no words" in kind or "sentence" in kind]     # across the prompt's end, too
+APART = [kind for kind in TOKENIZERS if kind not in MERGING]
+SAID = "the tokenizer merges the end of the prompt with the answer"
+
+
+@pytest.mark.parametrize("kind", APART)
 def test_labels_hold_the_answer_and_the_end(kind):
-    "They read as the answer and the end token, behind the piece of the prompt that the first was merged with."
-    tok, merged = tokenizer(kind), 0
+    "They read as the answer and the end token, and training sees the prompt that sampling has."
+    tok = tokenizer(kind)
     for qa in QAS:
         out = encode(tok, qa)
         ids, labels, first = out["input_ids"], out["labels"], first_label(out)
         assert labels == [-100] * first + ids[first:]                               # one piece, at the end
         assert ids.count(tok.eos_token_id) == 1
-        extra = read_with(tok, qa, out)
-        assert bare(Template().texts(tok, qa.question)[0]).endswith(extra)
+        assert not read_with(tok, qa, out) and ids[:first] == encode_prompt(tok, qa.question)
         assert bare(qa.answer) not in bare(tok.decode(labelled(out)[2:]))           # at most one token is only a space
         if "bos" in kind: assert ids[0] == tok.bos_token_id and first > 0 and ids.count(tok.bos_token_id) == 1
-        merged += bool(extra)
-        if not extra: assert ids[:first] == encode_prompt(tok, qa.question)         # one prompt for training and sampling
-    assert bool(merged) == ("no words" in kind or "sentence" in kind)               # merges across the border were seen
 
 
-@pytest.mark.parametrize("kind", [k for k in TOKENIZERS if k.startswith("byte")])
+@pytest.mark.parametrize("kind", MERGING)
+def test_a_token_across_the_end_of_the_prompt_is_refused(kind):
+    "Else a model would learn its answer behind one prompt, and be asked with another."
+    tok, merged = tokenizer(kind), 0
+    for qa in QAS:
+        try: out = encode(tok, qa)
+        except ValueError as e:
+            merged += SAID in str(e)
+            continue
+        assert out["input_ids"][:first_label(out)] == encode_prompt(tok, qa.question)
+    assert merged
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_a_prompt_that_ends_in_a_space(kind):
+    "The space belongs to the answer's first token; only where tokens know no spaces is nothing lost."
+    tok, template = tokenizer(kind), Template("Question: {question} Answer: ", "{answer}")
+    if "wordpiece" in kind:
+        assert labelled(encode(tok, QAS[0], template)) == labelled(encode(tok, QAS[0]))
+        return
+    with pytest.raises(ValueError, match=f"question '{QAS[0].id}': {SAID}.*end the template's prompt with a visible"):
+        encode(tok, QAS[0], template)
+
+
+@pytest.mark.parametrize("kind", [k for k in APART if k.startswith("byte")])
 @pytest.mark.parametrize("answer", ["東京 is far.", "🙂", "naïve", "A", "42", ":", " leading", "two\nlines", "tail "])
 def test_labels_hold_odd_answers(kind, answer):
     "One character can be several tokens, and the space before the answer a token of its own."
@@ -219,6 +244,38 @@ def test_a_system_message_without_a_place_goes_before_the_question(template):
     question = QAS[0].question
     prompt = Template(chat=True, system="Be brief.").texts(chat_tokenizer(template), question)[0]
     assert turn("user", f"Be brief.\n\n{question}") in prompt and prompt.count("Be brief.") == 1
+
+
+EMPTY_THOUGHT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n"
+                 "{% if m.role == 'assistant' and '<think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}"
+                 "{{ m.content }}<|im_end|>\n{% endfor %}"
+                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def test_an_empty_thought_of_the_chat_template_is_not_learnt():
+    "It stands in what the model reads, and not in its labels; a thought in the answer itself is the answer's."
+    tok, qa = chat_tokenizer(EMPTY_THOUGHT), QAS[0]
+    out = encode(tok, qa, Template(chat=True))
+    assert "<think>\n\n</think>\n\n" + qa.answer in tok.decode(out["input_ids"])
+    assert tok.decode(labelled(out)) == f"{qa.answer}<|im_end|>\n"
+    loud = "<think>Where?</think> There."
+    assert tok.decode(labelled(encode(tok, qa, Template(chat=True), answer=loud))) == f"{loud}<|im_end|>\n"
+
+
+PICTURES = CHATML.replace("{{ m.content }}", "{% for c in m.content if c.type == 'text' %}{{ c.text }}{% endfor %}")
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_a_chat_template_that_leaves_the_question_out_is_refused(system):
+    tok, template = chat_tokenizer(PICTURES), Template(chat=True, system=system)
+    with pytest.raises(ValueError, match="the chat template leaves the question out.*template=Template()"):
+        template.texts(tok, "Who?")
+    with pytest.raises(ValueError, match="leaves the question out"): encode(tok, QAS[0], template)
+
+
+def test_a_chat_template_may_quote_the_question():
+    tok = chat_tokenizer(CHATML.replace("{{ m.content }}", "{{ m.content | tojson }}"))
+    assert r'\"A\"' in Template(chat=True).texts(tok, ' Who is "A"? ')[0]
 
 
 def test_chat_without_template_is_refused():
