@@ -117,7 +117,10 @@ class TrainConfig(Course):
 # %% ../nbs/8_unlearning/05_loop.ipynb #38b0f964
 class History:
     "What was measured at each update: losses always, leakage where a probe looked; and notes on the run as a whole."
-    def __init__(self, rows=()):
+    def __init__(
+        self,
+        rows=(),            # dicts of numbers, one per update so far
+    ):
         self.rows = list(rows)
         self.notes = []
         self.best = None        # the update whose weights were kept

@@ -85,20 +85,11 @@ def test_the_rounds_of_re_unlearning():
 
 
 def test_the_bar_of_a_run(monkeypatch):
-    class Bar(list):
-        "A progress bar that keeps what it shows."
-        shown = []
-        def __init__(self, items, *_, **__): super().__init__(items)
-        def set_postfix_str(self, text): self.shown.append(text)
-    monkeypatch.setattr(evaluation, "tqdm", Bar)
-    monkeypatch.setattr(evaluation, "_check_made", lambda run, made: None)
-    values, qas = sorted(VALUES), [QA(f"q{i}", "?", "!") for i in range(len(VALUES))]
-    run = SimpleNamespace(lacking=lambda n, group: qas, questions=dict(forget=qas),
-                          draws=lambda qa, kind="draws": SimpleNamespace(n=1))
-    lm = SimpleNamespace(device=SimpleNamespace(type="cpu"))
-    def bound(d, qa): return values[int(qa.id[1:])]
-    evaluation._fill(run, lm, None, "forget", 1, None, 0, None, None, (0, 1), True, bound)
-    check([text.split("≤ ")[1] for text in Bar.shown], values)
+    found, shown = iter(sorted(VALUES)), []
+    monkeypatch.setattr(evaluation, "binary_bound", lambda leaks, n, alpha: next(found))
+    watch = evaluation._live("exact_match", 1.0, .01)
+    for i in range(len(VALUES)): shown.append(watch(draws_from_texts(f"q{i}", ["!"]), QA(f"q{i}", "?", "!")))
+    check([text.split("≤ ")[1] for text in shown], sorted(VALUES))
 
 
 def test_a_sweep():
@@ -123,9 +114,9 @@ def test_tables_of_the_command_line(monkeypatch, capsys, command):
     frame = a_board(monkeypatch).to_frame().assign(retain=1.)
     board = SimpleNamespace(to_frame=lambda: frame, notes=[], reports=[], save=lambda path: path)
     monkeypatch.setattr(shell, "_read", lambda *_, **__: None)
-    monkeypatch.setattr(reading, "versus", lambda *_: board)
-    monkeypatch.setattr(cli, "demo_models", lambda seed: (None, None))
-    monkeypatch.setattr(cli, "demo_board", lambda *_: board)
+    monkeypatch.setattr(reading, "versus", lambda *_, **__: board)
+    monkeypatch.setattr(cli, "demo_models", lambda seed: {})
+    monkeypatch.setattr(cli, "demo_board", lambda *_, **__: board)
     (shell.Versus(runs="a,b") if command == "versus" else cli.Demo()).run()
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r"m\d{3}", line)]
     for place in (3, 4): check([line[place] for line in lines], VALUES)
