@@ -586,3 +586,13 @@ def test_names_with_a_dot(tmp_path):
     assert [p.name for p in paths] == ["llama-3.1.html", "llama-3.2.html", "a.html", "b.html"]
     assert (tmp_path/"llama-3.1.json").is_file() and (tmp_path/"llama-3.2.png").is_file()
     with pytest.raises(ValueError, match="not .pdf"): report.save(tmp_path/"c.pdf")
+
+
+def test_a_question_whose_draws_are_all_lost_counts_at_its_worst():
+    lost = {i: "filtered" for i in range(8)}
+    qas = [QA(f"q{i}", "What?", "Zorp.", ("Zorp",)) for i in range(2)]
+    draws = [draws_from_texts("q0", ["no"] * 8), draws_from_texts("q1", [None] * 8, lost=lost)]
+    greedy = [draws_from_texts(qa.id, ["no"]) for qa in qas]
+    report = Report("m", Asked(qas, draws, greedy))
+    assert float(report.bounds["worst question"]) == 1 and report.leaks.sum() == 0
+    assert "8 draws are missing" in " ".join(report.claims) and report._repr_html_() and report.card()
