@@ -26,7 +26,8 @@ def test_shared_rows_equal_copied_rows(kind):
     wide = dict(sliding_window=40) if kind == "mistral" else {}
     lm, tok = random_lm(kind, 12, seed=2, **wide), LetterTok(12)
     question = torch.tensor([0, 1, 1, 2, 2])
-    steps = [(range(5), range(5)), ((0, 1, 2, 3, 4, 4, 1), range(7)), ((6, 1, 5), (9, 8, 7)), ((2, 0, 1, 1), (1, 2, 3, 4))]
+    steps = [(range(5), range(5)), ((0, 1, 2, 3, 4, 4, 1), range(7)), ((6, 1, 5), (9, 8, 7)),
+             ((2, 0, 1, 1), (1, 2, 3, 4))]
     assert shares_prefix(lm, 20)
     shared = SharedRows(lm, read_prompts(lm, tok, PROMPTS), question, length=4, slots=7)
     copied = CopiedRows(lm, read_prompts(lm, tok, PROMPTS), question)
@@ -43,7 +44,7 @@ def test_shared_rows_equal_copied_rows(kind):
 def test_models_that_need_more_than_a_softmax_keep_copies():
     assert not shares_prefix(random_lm("gemma2"), 10)                               # soft-capped scores
     windowed = random_lm("mistral", sliding_window=12)
-    assert shares_prefix(windowed, 12) and not shares_prefix(windowed, 13)          # the longest answer would leave the window
+    assert shares_prefix(windowed, 12) and not shares_prefix(windowed, 13)  # the longest answer would leave it
     read = read_prompts(windowed, LetterTok(16), PROMPTS)
     for length, kind in ((5, SharedRows), (6, CopiedRows)):
         assert isinstance(grow_rows(windowed, read, torch.arange(3), length=length, slots=4), kind)

@@ -24,7 +24,8 @@ def test_a_sure_model_always_gives_the_greedy_answer(how):
     "Top-1 probability .95 everywhere; the confidence is taken at temperature 1, whatever the decoding's own."
     model = constant_model([.95, .03, .01, .01])
     d = draw(model, **how)
-    assert len(d.answers) == 1 and d.tokens == [(0,) * 6] == model.greedy(QUESTION, Decoding(max_new_tokens=6))[0].tokens
+    greedy = model.greedy(QUESTION, Decoding(max_new_tokens=6))[0]
+    assert len(d.answers) == 1 and d.tokens == [(0,) * 6] == greedy.tokens
     assert d.logprobs[0] == 0                                                   # certain under this decoding
 
 
@@ -100,7 +101,7 @@ def test_the_state_follows_rows_that_branch_and_leave():
 
 
 def naive(lm, prompt, rule, answer):
-    "log-probability of an answer under the rule, by full forward passes: an oracle without tree, cache or state tensor."
+    "log-probability of an answer under the rule, by full forward passes: no tree, no cache, no state tensor."
     steps, total = [], 0.
     for i, token in enumerate(answer):
         z = lm(input_ids=torch.tensor([list(prompt) + list(answer[:i])]), use_cache=False).logits[0, -1].double()
@@ -116,7 +117,7 @@ RULES = [AdaptiveTemperature(.4), AdaptiveTemperature(.5, "last"), AdaptiveTempe
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_the_state_travels_with_the_tree(rule):
-    "Every answer's probability equals that of a loop over full forward passes; questions of different length in one batch."
+    "Every answer's probability is that of a loop over full forward passes; questions of different length in one batch."
     model, qas = random_model("llama", 10, seed=4, initializer_range=.2), letters(3)
     decoding = Decoding(max_new_tokens=6)
     ruled = model.replace(rule=rule).draw(qas, 100, decoding, merge=3)
@@ -131,7 +132,8 @@ def test_the_state_travels_with_the_tree(rule):
 
 def test_the_rule_is_part_of_the_decoding():
     d = draw(constant_model([.5, .5]), 2)
-    assert d.decoding.rule == str(AdaptiveTemperature(.9)) and "0.9" in str(d.decoding) and d.decoding != Decoding(max_new_tokens=6)
+    assert d.decoding.rule == str(AdaptiveTemperature(.9)) and "0.9" in str(d.decoding)
+    assert d.decoding != Decoding(max_new_tokens=6)
 
 
 def generated(lm, ids, max_new_tokens, rule=None, **how):
@@ -193,7 +195,7 @@ def test_rules_with_close_thresholds_can_be_told_apart():
 
 @pytest.mark.parametrize("temperature", [.5, 1., 1.7])
 def test_the_processor_leaves_the_temperature_that_the_rule_means(temperature):
-    "softmax(processed logits / temperature of generate) against softmax(logits / temperature of the rule), sure and unsure rows together."
+    "softmax(processed logits / temperature of generate) against softmax(logits / temperature of the rule)."
     rule = AdaptiveTemperature(.5, "last", .4)
     scores = torch.randn(50, 8, generator=torch.manual_seed(0), dtype=torch.float64) * 2
     meant, _ = rule(scores, rule.start(50, "cpu"), temperature)
@@ -214,7 +216,9 @@ def states_alone(lm, ids, prompt):
     "The state of one row after each of its tokens, by full forward passes."
     rule = AdaptiveTemperature(.5)
     state = rule.start(1, "cpu")
-    for end in range(prompt, len(ids) + 1): _, state = rule(lm(input_ids=ids[None, :end], use_cache=False).logits[:, -1], state, 1.)
+    for end in range(prompt, len(ids) + 1):
+        logits = lm(input_ids=ids[None, :end], use_cache=False).logits
+        _, state = rule(logits[:, -1], state, 1.)
     return state[0]
 
 
@@ -244,7 +248,8 @@ def test_rows_that_change_places_keep_their_confidence(how):
 
 
 def test_a_processor_serves_many_calls():
-    "The same prompt, a longer one, one that is longer by exactly the tokens generated before, another batch size: each as with a new processor."
+    """The same prompt, a longer one, one that is longer by exactly the tokens generated before, another batch size:
+    each as with a new processor."""
     lm = random_lm("llama", 12, seed=3, dtype=torch.float32, initializer_range=.3, ends=999)
     rule, never = AdaptiveTemperature(.4), AdaptiveTemperature(1.0)
     old = rule.processor()
@@ -257,7 +262,7 @@ def test_a_processor_serves_many_calls():
              ([1, 2, 3], 5), ([1, 2], 1)]
     for prompt, rows in calls: assert run(old, prompt, rows) == run(rule.processor(), prompt, rows)
     prompts = [1, 2, 3], [3, 2, 1], [7] * 8
-    assert any(run(old, prompt) != run(never.processor(), prompt) for prompt in prompts)       # the rule does something here
+    assert any(run(old, prompt) != run(never.processor(), prompt) for prompt in prompts)   # the rule does something
 
 
 def test_tokens_taken_back_take_their_confidence_with_them():
@@ -268,7 +273,7 @@ def test_tokens_taken_back_take_their_confidence_with_them():
     processor, other = rule.processor(), ids.clone()
     for n in (3, 4, 5, 6): processor(ids[:, :n], scores[n])
     other[:, 4:] = (ids[:, 4:] + 1) % 9
-    processor(other[:, :5], scores[5])                                          # tokens 5 and 6 were refused, another fifth came
+    processor(other[:, :5], scores[5])      # tokens 5 and 6 were refused, another fifth came
     processor(other[:, :6], scores[6])
     straight = rule.processor()
     for n in (3, 4, 5, 6): straight(other[:, :n], scores[n])
@@ -288,7 +293,8 @@ def test_assisted_generation_follows_the_rule(full):
 
 def test_a_sweep_counts_what_evaluate_counts(full):
     "Leaks, greedy leaks and retain scores of one setting against the report; the bound against its formula."
-    forget, retain, decoding = fictional_authors("forget10")[:3], fictional_authors("retain90")[:2], Decoding(temperature=1.5, max_new_tokens=32)
+    forget, retain = fictional_authors("forget10")[:3], fictional_authors("retain90")[:2]
+    decoding = Decoding(temperature=1.5, max_new_tokens=32)
     rule = AdaptiveTemperature(.95)
     how = dict(n=40, n_retain=20, decoding=decoding, progress=False)
     frame = sweep(full, forget, retain, rules=[None, rule], temperatures=[.5, 1.5], **how).frame
@@ -305,8 +311,9 @@ def test_a_sweep_counts_what_evaluate_counts(full):
 
 
 def test_the_best_of_a_sweep_may_be_claimed():
-    """Twelve settings with the same leak probability .03, the lowest bound is claimed at alpha = .2: 4,000 sweeps of 400 draws.
-    At alpha / 12 the claim is wrong in at most 20 % (3 standard errors: 1.9 %); at alpha for each it would be wrong most of the time."""
+    """Twelve settings with the same leak probability .03, the lowest bound is claimed at alpha = .2:
+    4,000 sweeps of 400 draws. At alpha / 12 the claim is wrong in at most 20 % (3 standard errors: 1.9 %);
+    at alpha for each it would be wrong most of the time."""
     rng, p = np.random.default_rng(0), .03
     leaks = rng.binomial(400, p, size=(4000, 12)).min(1)
     def wrong(alpha):
