@@ -92,7 +92,8 @@ def test_extraction_by_definition():
     lp = -rng.exponential(3, 50)
     for p in .1, .5, .9:
         n = draws_to_extract(lp, p)
-        assert (1 - (1 - np.exp(lp))**n >= p - 1e-9).all() and (1 - (1 - np.exp(lp))**(n - 1) < p).all()    # the smallest
+        enough, fewer = (1 - (1 - np.exp(lp))**m for m in (n, n - 1))
+        assert (enough >= p - 1e-9).all() and (fewer < p).all()                 # n is the smallest
         assert extractable(lp, 7, p) == (extraction_curve(np.exp(lp), 7) >= p - 1e-12).mean()
     assert draws_to_extract([math.log(1e-12)], .5)[0] == pytest.approx(math.log(2) * 1e12, rel=1e-6)
     assert draws_to_extract([-np.inf, 0.]).tolist() == [np.inf, 1]
@@ -138,7 +139,7 @@ def test_certain_bounds_hold_the_truth_at_any_budget_and_close(setting):
         s = np.array([score[t] for t in e.tokens])
         (low, high), (rare, often) = e.bound(s).value, e.bound(s, leak_at=.8).value
         assert low - 1e-9 <= mean <= high + 1e-9 and rare - 1e-9 <= leak <= often + 1e-9
-        assert max(low, seen[0]) <= min(high, seen[1]) + 1e-9                   # what was sampled does not contradict it
+        assert max(low, seen[0]) <= min(high, seen[1]) + 1e-9       # what was sampled does not contradict it
         assert e.p.sum() + e.open == pytest.approx(1, abs=1e-12) and e.reads <= budget
         assert float(e.bound(s, side="upper")) == high and float(e.bound(s, side="lower")) == low
         widths.append(high - low)
@@ -214,7 +215,7 @@ def test_rest_draws_are_told_apart_and_belong_to_one_enumeration():
 
 
 def sharp_model(leak):
-    "One law everywhere, which mostly ends at once, of tokens 0 … 4: 3 leaks with probability `leak`, 4 ends the answer."
+    "One law everywhere of tokens 0 … 4, mostly 4, which ends the answer; 3 leaks, with probability `leak`."
     return constant_model([.06, .02, .01, leak, .91 - leak])
 
 
@@ -278,7 +279,7 @@ def test_importance_sampling_covers_and_is_narrow(leak):
     error = x.std() / x.mean() / math.sqrt(len(x))
     assert known + x.mean() == pytest.approx(truth, rel=5 * error)              # unbiased, 5 standard errors
     assert missed.sum() <= most_misses(runs, alpha)
-    assert (ends[:, 0] > truth / 3).mean() > .9                                 # nearly all certify that the leak is there
+    assert (ends[:, 0] > truth / 3).mean() > .9     # nearly all certify that the leak is there
     plain = np.ptp(binary_bound(0, n, alpha, side="two-sided").value)
     if truth <= 1e-5: assert np.ptp(ends, axis=1).max() < plain / 50
 
@@ -294,7 +295,8 @@ def test_the_proposal_reads_the_prompt_that_was_enumerated():
     truth = sum(p for t, p in all_answers(model, SHORT) if t[0] == 1)
     head = enumerated(model, mass=.8, batch=1)
     elsewhere = other.replace(template=None)                                    # asked in its own way, if that counted
-    ends = [rare_leak(head, ASK, elsewhere, score=starts_with_1, alpha=.05, seed=seed).bound.value for seed in range(20)]
+    how = dict(score=starts_with_1, alpha=.05)
+    ends = [rare_leak(head, ASK, elsewhere, seed=seed, **how).bound.value for seed in range(20)]
     assert sum(not low <= truth <= high for low, high in ends) <= binom.ppf(1 - 1e-4, 20, .05)
 
 
@@ -325,7 +327,7 @@ def test_rare_claims_are_about_the_question_that_was_enumerated():
     for other in replace(ASK, id="r"), replace(ASK, question="Who?"):
         with pytest.raises(ValueError, match=why): head_and_tail(head, rest, other, names_leak)
         with pytest.raises(ValueError, match=why): rare_leak(head, other, proposal_model(), score=names_leak)
-    head_and_tail(head, rest, replace(ASK, answer="another secret"), names_leak)       # what counts as a leak may be anything
+    head_and_tail(head, rest, replace(ASK, answer="another secret"), names_leak)     # any leak
 
 
 def test_a_proposal_that_ends_by_other_tokens_is_refused():
@@ -364,7 +366,8 @@ def test_bad_proposals_are_refused_with_an_explanation():
     upper = rare_leak(head, ASK, Decoding(), n=512, side="upper", **how).bound
     assert float(upper) > leak_probability(1e-7, 4)
     bare = enumerated(constant_model([.3, .3, .2, 1e-7, .2 - 1e-7]), mass=.99, budget=1)
-    with pytest.raises(ValueError, match="plain draws bound the leak better"): rare_leak(bare, ASK, proposal_model(), **how)
+    with pytest.raises(ValueError, match="plain draws bound the leak better"):
+        rare_leak(bare, ASK, proposal_model(), **how)
     with pytest.raises(ValueError, match="the cap; got"): weighted_bound(np.r_[np.zeros(99), .3], cap=.2)
     with pytest.raises(ValueError, match="n must be a whole number >= 64, got 10"):
         rare_leak(head, ASK, proposal_model(), n=10, **how)
