@@ -57,9 +57,10 @@ def _check_source(source, subfolder=""):
     path = Path(source)
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"{source} is a file, and a part of a model: pass the folder that holds it")
-    if path.exists(): path = path/subfolder
-    if path.exists(): return
-    if _is_path(source): raise FileNotFoundError(f"no such folder: {path} (and no hub is asked for a path)")
+    if path.exists():
+        if (path/subfolder).exists(): return
+        raise FileNotFoundError(f"no such folder: {path/subfolder}")
+    if _is_path(source): raise FileNotFoundError(f"no such folder: {source} (and no hub is asked for a path)")
 
 # %% ../nbs/5_models/01_weights.ipynb #a9bfa83c
 def _line(error):

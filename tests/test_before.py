@@ -1,4 +1,5 @@
 """What the tree before `LocalModel` made: the same seeds give the same draws and weights, and a run folder of then goes on."""
+
 import hashlib
 import json
 import re
@@ -69,4 +70,5 @@ def test_a_run_of_then_goes_on(run):
     fresh = evaluate(model, FORGET[:3], 512, **how)
     assert [d.texts for d in grown.forget.draws] == [d.texts for d in fresh.forget.draws]
     assert grown.anytime and not fresh.anytime
-    with pytest.raises(ValueError, match="another run|another model"): evaluate(small_model("full", device="cpu"), FORGET[:3], 512, out=run, **how)
+    with pytest.raises(ValueError, match="another run|another model"):
+        evaluate(small_model("full", device="cpu"), FORGET[:3], 512, out=run, **how)

@@ -2,6 +2,7 @@
 
 `SCREENSHOTS=folder` keeps pictures at two widths, of the website light and dark.
 """
+
 import contextlib
 import os
 import shutil

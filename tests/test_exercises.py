@@ -44,9 +44,12 @@ def is_unchecked(check, name):
 
 def untried(wrong):
     "What the loop over wrong answers lacks."
-    loop = next((node for node in ast.parse(wrong).body if isinstance(node, ast.For)), None)
+    body = ast.parse(wrong).body
+    loop = next((node for node in body if isinstance(node, ast.For)), None)
     if not (flagged(wrong, "hide") and loop): return ["no hidden loop over wrong answers"]
-    found, answers = [], [pair.elts[0] for pair in loop.iter.elts]
+    lists = {node.targets[0].id: node.value for node in body if isinstance(node, ast.Assign)}
+    pairs = lists[loop.iter.id] if isinstance(loop.iter, ast.Name) else loop.iter
+    found, answers = [], [pair.elts[0] for pair in pairs.elts]
     starter_too = any(isinstance(answer, ast.Lambda) and is_open(answer.body) for answer in answers)
     if len(answers) < 3 or not starter_too: found.append("the starter and two plausible wrong answers are to be tried")
     parts = r"try: check\(wrong\)", r"assert why in str\(", r"else: raise AssertionError"

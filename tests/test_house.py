@@ -172,28 +172,18 @@ def test_cells_that_export_fit_on_a_screen():
 
 def main(modules):
     paths = [p for p in LIBRARY if not modules or p.stem in modules]
-    texts = [p.read_text(encoding="utf-8") for p in paths]
-    total, over = wide(texts, 120)
-    lines, whole = [n for n, _ in body_sizes(paths)], [n for n, _ in sizes(paths)]
+    total, over = wide([p.read_text(encoding="utf-8") for p in paths], 120)
+    lines = [n for n, _ in body_sizes(paths)]
     print(f"lines {total}, over 120: {len(over)} ({len(over) / total:.1%}), over 140: {len(wide(over, 140)[1])}")
-    print(
-        f"functions {len(lines)}: body median {statistics.median(lines)}, p90 {percentile(lines, 0.9)}; with signature median {statistics.median(whole)}, p90 {percentile(whole, 0.9)}"
-    )
+    print(f"functions {len(lines)}: body median {statistics.median(lines)}, p90 {percentile(lines, .9)}")
     print("largest bodies:", *sorted(body_sizes(paths), reverse=True)[:6])
-    homes = {
-        re.search(r"default_exp (\w+)", "\n".join(c.source for c in code_cells(p)))[1]: p
-        for p in notebooks()
-        if p.parent.name[0].isdigit()
-    }
-    cells = sorted(export_cells([p for name, p in homes.items() if not modules or name in modules]), reverse=True)
+    homes = [p for p in notebooks() if p.parent.name[0].isdigit() and (not modules or p.stem[3:] in modules)]
+    cells = sorted(export_cells(homes), reverse=True)
     print(f"export cells {len(cells)}, over 20 lines: {sum(n > 20 for n, *_ in cells)}; largest:", *cells[:6])
     names = {module: found for module, found in public().items() if not modules or module in modules}
-    print(
-        f"public names: {sum(map(len, names.values()))}",
-        *(f"\n  {module} ({len(found)}): {' '.join(found)}" for module, found in names.items()),
-    )
-    if not modules:
-        print("lesson lines over 100:", len(wide([s for _, s in lesson_code()], 100)[1]))
+    print("public names:", sum(map(len, names.values())))
+    for module, found in names.items(): print(f"  {module} ({len(found)}): {' '.join(found)}")
+    if not modules: print("lesson lines over 100:", len(wide([s for _, s in lesson_code()], 100)[1]))
 
 
 if __name__ == "__main__": main(sys.argv[1:])

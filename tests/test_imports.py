@@ -1,4 +1,5 @@
 """One direction: a module imports only modules of earlier parts, or earlier ones of its own; parts 1 to 4 load no torch."""
+
 import ast
 import re
 import subprocess

@@ -27,7 +27,9 @@ def misses(rng, p, sensitivity, specificity, side):
     for flags, *calibration in zip(*(v.tolist() for v in simulated(rng, p, sensitivity, specificity))):
         runs.setdefault(tuple(calibration), []).append(flags)
     for (caught, alarms), flags in runs.items():
-        value = judged_bound(flags, 400, Calibration(caught, 100 - caught, alarms, 100 - alarms), ALPHA, side=side).value
+        value = judged_bound(
+            flags, 400, Calibration(caught, 100 - caught, alarms, 100 - alarms), ALPHA, side=side
+        ).value
         low, high = np.moveaxis(value, -1, 0) if side == "two-sided" else (value, 1) if side == "lower" else (0, value)
         count += np.sum((low > p) | (high < p))
     return count
@@ -204,7 +206,9 @@ def test_prediction_powered_covers(method, side):
             lost, dice = rng.random(len(y)) < .05, rng.random(len(y))
             return np.where(lost, np.nan, dice < np.where(y, .6, .1))
         rest, there = rng.random(500) < p, rng.random(120) < p
-        bound = float(prediction_powered(judged(rest), there.astype(float), judged(there), ALPHA, side=side, method=method))
+        bound = float(
+            prediction_powered(judged(rest), there.astype(float), judged(there), ALPHA, side=side, method=method)
+        )
         misses += bound < p if side == "upper" else bound > p
     assert misses / runs <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / runs)
 

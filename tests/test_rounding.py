@@ -38,7 +38,9 @@ def a_report(leaks, n=512):
 
 def cells(html):
     "Rows of the tables in a page, as texts."
-    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in re.findall(r"<tr[^>]*>(.*?)</tr>", html, re.S)]
+    rows = [
+        re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.S) for row in re.findall(r"<tr[^>]*>(.*?)</tr>", html, re.S)
+    ]
     return [[re.sub("<[^>]+>", "", cell) for cell in row] for row in rows]
 
 

@@ -205,8 +205,11 @@ def test_what_all_sets_of_questions_cost_together():
 
 
 def test_a_second_look_whose_n_is_free_keeps_alpha():
-    """Two planned looks at a leak probability of 30 %, the second at whatever n first signs a wrong bound. With α = 0.05 at most 5 % of 20,000 runs may sign one;
-    a right price fails here less than once in 10,000. With both bounds at fixed n and α / 2 it were 24 %."""
+    """Two planned looks at a leak probability of 30 %, the second at whatever n first signs a wrong bound.
+
+    With α = 0.05 at most 5 % of 20,000 runs may sign one; a right price fails here less than once in 10,000.
+    With both bounds at fixed n and α / 2 it were 24 %.
+    """
     rng, p, first, alpha, runs = np.random.default_rng(3), .3, 64, .05, 20_000
     parts, anytime = price([(first, 3)], 2)
     leaks = rng.binomial(first, p, runs)

@@ -144,7 +144,7 @@ def test_rows_that_are_missing_stay_missing_in_place():
 
 
 def test_forget_quality_is_the_exact_two_sample_test():
-    assert float(forget_quality([1, 2, 3], [4, 5, 6])) == pytest.approx(2 / 20)      # two of the 20 orders are as far apart
+    assert float(forget_quality([1, 2, 3], [4, 5, 6])) == pytest.approx(2 / 20)  # two of the 20 orders are as far apart
     assert float(forget_quality([1, np.nan, 2, 3], [4, 5, np.nan, 6])) == pytest.approx(.1)
     found = [float(forget_quality(*np.random.default_rng(seed).random((2, 200)))) for seed in range(200)]
     assert stats.kstest(found, "uniform").pvalue > 1e-4
