@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-# What you type, part by part: module → names. Each is loaded on first use, so that importing the package loads nothing.
+# What you type, part by part: module → names. Each is loaded on first use: importing the package loads nothing.
 _PARTS = {
     "records": {
         "data": "QA Template load_qa fictional_authors",
@@ -87,7 +87,7 @@ def __getattr__(name):
     "A name or module, loaded on first use: `probunlearn.evaluate`, `probunlearn.bounds`."
     from importlib import import_module
     from importlib.util import find_spec
-    if name in _NOW: raise AttributeError(f"{__name__} has no {name!r} any more: use {_NOW[name]}")
+    if name in _NOW: raise ImportError(f"{__name__} has no {name!r} any more: use {_NOW[name]}")     # said by `from` too
     if name in (homes := _homes()): return getattr(import_module(f"{__name__}.{homes[name]}"), name)
     if name.isidentifier() and find_spec(f"{__name__}.{name}"): return import_module(f"{__name__}.{name}")
     raise AttributeError(f"{__name__} itself offers no public name {name!r}{_elsewhere(name)}")
