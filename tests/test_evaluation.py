@@ -19,6 +19,7 @@ from probunlearn.evaluation import evaluate
 from probunlearn.models import LocalModel, small_model
 from probunlearn.report import as_json
 from probunlearn.runs import read_run
+from probunlearn.training import UnlearnConfig, unlearn
 
 FOUR, KEPT = fictional_authors("forget01"), fictional_authors("retain90")[:2]
 LIVELY = Decoding(temperature=1.5, max_new_tokens=20)     # so that draws differ
@@ -152,6 +153,15 @@ def test_a_run_with_another_setting_is_refused(full, a_run, no_work, setting, ho
 
 def test_a_run_of_another_model_is_refused(retain, a_run, no_work):
     with pytest.raises(ValueError, match=r"another model\b"): ask(retain, out=a_run)
+
+
+def test_a_model_that_was_trained_in_place_is_another_model(tmp_path):
+    model, forget, retain = small_model("full", device="cpu"), fictional_authors("forget01"), fictional_authors("retain99")
+    how = dict(n=16, decoding=Decoding(max_new_tokens=8), out=tmp_path/"run", progress=False)
+    evaluate(model, forget[:2], **how)
+    unlearn(model, forget, retain[:8], UnlearnConfig(steps=1, batch_size=2))
+    with pytest.raises(ValueError, match="another model"): evaluate(model, forget[:2], **how)
+
 
 
 # --- refused before any work ------------------------------------------------------------------------------------------
