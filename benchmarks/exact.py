@@ -16,7 +16,7 @@ from probunlearn.cli import DEMO
 from probunlearn.data import fictional_authors
 from probunlearn.draws import Decoding
 from probunlearn.exact import enumerate_answers
-from probunlearn.models import LocalModel, load_model, small_model
+from probunlearn.models import load_model, small_model
 from probunlearn.rare import draw_rest, head_and_tail, rare_leak
 from probunlearn.scores import score_answers
 from probunlearn.training import UnlearnConfig, unlearn
@@ -83,19 +83,16 @@ def rest(model, qas, decoding, reads, n):
 def constructed(n):
     "Importance sampling where the leak probability is known, in equal time."
     sys.path.insert(0, str(Path(__file__).parent.parent/"tests"))
-    from conftest import BARE, LetterTok
-    from test_exact import ASK, SHARP
-    def asked(lm): return lm if isinstance(lm, LocalModel) else LocalModel(lm, LetterTok(SHARP), template=BARE)
-    for leak in 1e-5, 1e-6, 1e-8: one_constructed(asked, ASK, leak, n)
+    for leak in 1e-5, 1e-6, 1e-8: one_constructed(leak, n)
 
 
-def one_constructed(asked, qa, leak, n):
+def one_constructed(leak, n):
     "One model whose tokens leak with probability `leak`."
-    from test_exact import leak_probability, names_leak, proposal_lm, sharp_lm
-    model, decoding = asked(sharp_lm(leak)), Decoding(max_new_tokens=4)
-    def enumerated(): return enumerate_answers(model, qa, mass=.995, budget=8, decoding=decoding, progress=False)
+    from test_exact import ASK as qa, leak_probability, names_leak, proposal_model, sharp_model
+    model, decoding = sharp_model(leak), Decoding(max_new_tokens=4)
+    def enumerated(): return enumerate_answers(model, qa, decoding, mass=.995, budget=8, progress=False)
     head, first = timed(enumerated)
-    found, second = timed(lambda: rare_leak(head, qa, asked(proposal_lm()), n=n, score=names_leak))
+    found, second = timed(lambda: rare_leak(head, qa, proposal_model(), n, score=names_leak))
     _, took = timed(lambda: model.draw([qa], n, decoding, progress=False))
     same = int(n * (first + second) / took)
     low, high = found.bound.value
