@@ -43,14 +43,21 @@ def confidence(
 # side of a bound → how a claim says it
 WORDS = {"upper": "at most {}", "lower": "at least {}", "two-sided": "between {} and {}"}
 
-def _span(values, form):    # one number, or the range over questions
+def _span(values, form, words="{} to {}"):              # one number, or the smallest and the largest of several
     low, high = form(np.min(values)), form(np.max(values))
-    return low if low == high else f"{low}–{high}"
+    return low if low == high else words.format(low, high)
 
-def _sentence(bound):       # the claim in words
+def _over(shape, axes):                                 # over how many questions (and thresholds), in words
+    named = axes[-len(shape):] if len(shape) <= len(axes) else ["values"]
+    sizes = shape if len(shape) <= len(axes) else [np.prod(shape)]
+    counts = [f"{size:,} {name[:-1] if size == 1 else name}" for size, name in zip(sizes, named)]
+    return f" over {' and '.join(counts)}" if shape else ""
+
+def _sentence(bound):                                   # the claim in words
     ends = np.moveaxis(np.asarray(bound.value), -1, 0) if bound.side == "two-sided" else [bound.value]
-    spans = [_span(end, lambda v: rounded(v, side)) for end, side in zip(ends, bound._sides())]
-    many = f" (range over {np.size(ends[0])} values)" if np.ndim(ends[0]) else ""
+    words = "a bound from {} to {}"                     # several claims, never to be read as one interval
+    spans = [_span(end, lambda v: rounded(v, side), words) for end, side in zip(ends, bound._sides())]
+    many = _over(np.shape(ends[0]), bound._axes)
     facts = [f"α = {rounded(bound.alpha)}", f"n = {_span(bound.n, '{:,}'.format)}", bound.sampling, bound.scope,
              bound.method, bound.decoding or "decoding not stated"]
     claim = f"{bound.quantity} is {WORDS[bound.side].format(*spans)}{many} with {confidence(bound.alpha)}"
@@ -78,6 +85,7 @@ class Bound:
     scope: str = "per question"         # for which questions the claim holds, each alone or jointly
     sampling: str = "fixed-n"           # "fixed-n": n was chosen before drawing; "anytime": stop whenever you like
     decoding: str = ""                  # the decoding it holds for
+    _axes = ("questions",)              # what the values of an array belong to
 
     def __float__(self): return float(self.value)
     def __str__(self): return _sentence(self)
@@ -222,6 +230,15 @@ def _survival_ends(most, least, n, method):     # functions of alpha, from the l
         return lambda a: binomial_ceiling(most, n, a), lambda a: _rate_floor(least, n, a)
     return lambda a: 1 - cdf_floor(n, a, method)[n - most], lambda a: 1 - cdf_ceiling(n, a, method)[n - least]
 
+class _Curve(Bound):                            # a bound at several thresholds, last axis of its values
+    _axes = ("questions", "thresholds")
+
+def _above(cut):                                # which scores are counted, in words
+    if cut.ndim == 0: return f"P(score > {cut:g})"
+    listed = f"above {', '.join(f'{t:g}' for t in cut.flat)}"
+    if cut.size > 8: listed = f"above {cut.size:,} thresholds from {cut.min():g} to {cut.max():g}"
+    return f"P(score > x), at every x at once, here {listed},"
+
 # %% ../nbs/2_bounds/03_bounds.ipynb #e4ed5503
 def survival_bound(
     x,                          # (n,) or (questions, n) scores in [0, 1]
@@ -240,8 +257,8 @@ def survival_bound(
     most = _count(lambda t: ~(raw <= t), len(raw), cut)         # a missing score is above
     least = _count(lambda t: raw > t, len(raw), cut)
     value = on_side(side, alpha, *_survival_ends(most, least, n, method))
-    where = f"P(score > {cut:g})" if cut.ndim == 0 else "P(score > x), at every x at once,"
-    return Bound(_like(x, value), alpha, side, method, n=n, quantity=where)
+    kind = _Curve if cut.ndim else Bound
+    return kind(_like(x, value), alpha, side, method, n=n, quantity=_above(cut))
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #6ef3d329
 # method → the function behind `mean_bound`; the methods in FLOORS go through a band
@@ -338,7 +355,7 @@ def jointly(
     x,                          # its first argument, one row or count per question
     alpha: float = 0.01,        # chance that the claim is wrong for any question
     **options,                  # passed on
-) -> Bound:                     # of shape (questions,); ValueError without questions, or as `bound`
+) -> Bound:                     # of shape (questions,); ValueError without questions, for other scopes, or as `bound`
     "The same bound for all questions at once, each at alpha / questions (Bonferroni 1936)."
     check_alpha(alpha)
     check_fixed(x)
@@ -347,7 +364,11 @@ def jointly(
         needs = {1: "one count per question, shape (question,)",
                  2: "one row of scores per question, shape (question, draw)"}[axes]
         raise ValueError(f"jointly needs {needs}, got shape {np.shape(x)}")
-    return replace(bound(x, alpha=alpha / len(x), **options), alpha=alpha, scope=f"jointly for {len(x)} questions")
+    each = bound(x, alpha=alpha / len(x), **options)
+    if each.scope != "per question":
+        raise ValueError(f"jointly needs a bound for each question, got a claim {each.scope}: "
+                         "make it by itself, at its own alpha")
+    return replace(each, alpha=alpha, scope=f"jointly for {len(x)} questions")
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #fc9efcec
 def conbo_alpha(

@@ -15,6 +15,8 @@ from probunlearn.bands import (FLOORS, cdf_ceiling, cdf_floor, crossing_chance, 
 from probunlearn.bounds import (MEANS, Bound, StoppedScores, as_scores, binary_bound, conbo_alpha, confidence,
                                 draws_needed, ed_bound, jointly, leaked, mean_bound, rounded, std_bound, survival_bound,
                                 variance_bound)
+from probunlearn.questions import (difference_bound, phrasings_bound, pooled_mean, pooled_rate, population_mean,
+                                   worst_question)
 
 BANDS = list(FLOORS)
 MEAN_METHODS = [*MEANS, *BANDS]
@@ -412,3 +414,30 @@ def test_tensors_of_every_kind():
     x = torch.tensor([0., .25, 1.])
     want = float(mean_bound(x.numpy()))
     assert float(mean_bound(x.bfloat16())) == float(mean_bound(x.requires_grad_())) == want
+
+
+SEVERAL = np.random.default_rng(0).random((5, 64))
+
+def test_several_claims_do_not_read_like_an_interval():
+    for side in "upper", "lower", "two-sided":
+        said = str(mean_bound(SEVERAL, side=side))
+        assert "a bound from 0." in said and "over 5 questions with" in said and "–" not in said
+    assert "is at most 0.06943 over 4 questions with" in str(binary_bound([0] * 4, 64))
+    assert "n = 64 to 128," in str(binary_bound([0, 0], [64, 128]))
+
+def test_thresholds_are_named():
+    said = str(survival_bound(SEVERAL, [.25, .5, .75], method="bj"))
+    assert said.startswith("P(score > x), at every x at once, here above 0.25, 0.5, 0.75, is at most")
+    assert "over 5 questions and 3 thresholds with" in said
+    assert "over 3 thresholds with" in str(survival_bound(SEVERAL[0], [.25, .5, .75], side="two-sided"))
+    for method in BANDS + ["clopper-pearson"]: assert "every x" not in str(survival_bound(SEVERAL, .5, method=method))
+
+@pytest.mark.parametrize("bound, options", [
+    (population_mean, {}), (pooled_mean, {}), (phrasings_bound, dict(phrasings="listed")),
+    (phrasings_bound, dict(phrasings="sampled")), (difference_bound, dict(b=SEVERAL, pooled=True))])
+def test_jointly_refuses_what_is_no_claim_per_question(bound, options):
+    with pytest.raises(ValueError, match="needs a bound for each question, got a claim "):
+        jointly(bound, SEVERAL, **options)
+    for pooled in pooled_rate, worst_question:
+        with pytest.raises(ValueError, match="got a claim "): jointly(pooled, [0, 1, 2], n=64)
+    assert "jointly for 5 questions" in str(jointly(difference_bound, SEVERAL, b=SEVERAL))
