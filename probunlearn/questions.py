@@ -11,7 +11,7 @@ import numpy as np
 from scipy import special
 from .checks import check_alpha, chosen
 from .means import binomial_ceiling, first_refuted, kl, log_wealth
-from .bounds import Bound, as_scores, binary_bound, check_counts, check_fixed, draws_each
+from .bounds import Bound, _numbers, as_scores, binary_bound, check_counts, check_fixed, draws_each
 from .bounds import jointly, mean_bound, on_side
 from .sequential import rate_ends, rate_evidence
 
@@ -166,7 +166,7 @@ def phrasings_bound(
     check_alpha(alpha)
     chosen("phrasings", phrasings, ["sampled", "listed"])
     check_fixed(x)
-    x = np.asarray(x, float)
+    x = _numbers(x)
     if x.ndim not in (2, 3):
         raise ValueError(f"x must have the axes (phrasing, draw) or (question, phrasing, draw), got shape {x.shape}")
     table = as_scores(x.reshape(-1, x.shape[-1]), missing).reshape(-1, *x.shape[-2:])                   # (Q, J, n)
