@@ -396,3 +396,35 @@ def test_diversity_reports_them_when_asked():
     assert full["self_bleu"] == self_bleu(texts) and full["self_rouge"] == self_rouge(texts)
     alone = diversity(["a b"], pairs=True)
     assert np.isnan([alone["self_bleu"], alone["self_rouge"]]).all()
+
+
+# The worst question
+
+def too_low(p, upper, n):
+    "Exact chance that the largest of all bounds is below the largest probability: counts are independent."
+    return np.prod([stats.binom.pmf(np.flatnonzero(upper < max(p)), n, q).sum() for q in p])
+
+
+SETS = {"all equal": lambda p: [p] * 6, "one bad": lambda p: [p] + [0] * 5, "half bad": lambda p: [p] * 3 + [0] * 3,
+        "graded": lambda p: p * np.linspace(0, 1, 6)}
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("n, alpha", [(5, .2), (32, .05), (64, .01)])
+def test_the_largest_leak_probability_needs_no_bonferroni(name, n, alpha):
+    rates = np.r_[np.linspace(.002, .998, 150), [float(binary_bound(s, n, alpha)) + 1e-12 for s in range(n)]]
+    upper = np.array([float(worst_question([s], n, alpha, method="intersection-union")) for s in range(n + 1)])
+    chances = [too_low(SETS[name](p), upper, n) for p in rates]
+    assert max(chances) <= alpha * (1 + 1e-9)
+    if name == "one bad": assert max(chances) > .99 * alpha                    # the level can't be raised
+
+
+def test_the_two_claims_on_the_worst_question():
+    counts = [0, 3, 1, 0]
+    both = [worst_question(counts, 64, .05, method=m) for m in ("bonferroni", "intersection-union")]
+    assert [float(b) for b in both] == [float(binary_bound(3, 64, a)) for a in (.05 / 4, .05)]
+    assert both[0].scope == "jointly for 4 questions" and "without saying which" in both[1].scope
+    assert str(worst_question(counts, 64, .05)) == str(both[0])                # the default stays
+    late = worst_question(counts, 64, .05, method="intersection-union", anytime=True)
+    assert float(late) == rate_ends(3, 64, .05, "upper") and late.sampling == "anytime"
+    with pytest.raises(ValueError, match="got 'each'"): worst_question(counts, 64, method="each")
