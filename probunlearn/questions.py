@@ -37,7 +37,7 @@ def worst_question(
     method: str = "bonferroni", # all questions hold jointly; "intersection-union" claims the largest probability only
     anytime: bool = False,      # hold at every look, for a run that may still grow
 ) -> Bound:                     # ValueError as `binary_bound`
-    "Bound on the largest leak probability of all (Clopper, Pearson 1934; Bonferroni 1936 or Berger 1982; Robbins 1970)."
+    "Bound on the largest leak probability (Clopper, Pearson 1934; Bonferroni 1936; Berger 1982; Robbins 1970)."
     chosen("method", method, ["bonferroni", "intersection-union"])
     if method == "bonferroni" and not anytime:
         bound = jointly(binary_bound, leaks, alpha, n=n)
