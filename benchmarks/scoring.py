@@ -88,12 +88,13 @@ def compare(questions, n, rounds):
 
 
 def one_round(qas, draws, name, scorer, pairs):
-    "(microseconds a draw of ours, how many times longer the peer takes); both must give the same numbers."
+    "(microseconds a draw of ours, how many times longer the peer takes); both must give the same scores."
     score = dict(rouge_score="rouge_l_recall", evaluate="rouge_l_f1")[name]
     texts = {q: draws[q].texts for q, _ in pairs}
     spent, x = cpu(lambda: ours(draws, qas, score))
     theirs, values = cpu(lambda: [scorer(qas[q].answer, texts[q][i]) for q, i in pairs])
-    assert values == [x[q, i] for q, i in pairs], f"{name} and we disagree"
+    apart = max(abs(value - x[q, i]) for value, (q, i) in zip(values, pairs))
+    assert apart < 4e-16, f"{name} and we disagree by {apart}"              # peers round F1 three times, we once
     return 1e6 * spent / x.size, theirs / len(pairs) / (spent / x.size)
 
 

@@ -43,14 +43,21 @@ def confidence(
 # side of a bound → how a claim says it
 WORDS = {"upper": "at most {}", "lower": "at least {}", "two-sided": "between {} and {}"}
 
-def _span(values, form):    # one number, or the range over questions
+def _span(values, form, words="{} to {}"):              # one number, or the smallest and the largest of several
     low, high = form(np.min(values)), form(np.max(values))
-    return low if low == high else f"{low}–{high}"
+    return low if low == high else words.format(low, high)
 
-def _sentence(bound):       # the claim in words
+def _over(shape, axes):                                 # over how many questions (and thresholds), in words
+    named = axes[-len(shape):] if len(shape) <= len(axes) else ["values"]
+    sizes = shape if len(shape) <= len(axes) else [np.prod(shape)]
+    counts = [f"{size:,} {name[:-1] if size == 1 else name}" for size, name in zip(sizes, named)]
+    return f" over {' and '.join(counts)}" if shape else ""
+
+def _sentence(bound):                                   # the claim in words
     ends = np.moveaxis(np.asarray(bound.value), -1, 0) if bound.side == "two-sided" else [bound.value]
-    spans = [_span(end, lambda v: rounded(v, side)) for end, side in zip(ends, bound._sides())]
-    many = f" (range over {np.size(ends[0])} values)" if np.ndim(ends[0]) else ""
+    words = "a bound from {} to {}"                     # several claims, never to be read as one interval
+    spans = [_span(end, lambda v: rounded(v, side), words) for end, side in zip(ends, bound._sides())]
+    many = _over(np.shape(ends[0]), bound._axes)
     facts = [f"α = {rounded(bound.alpha)}", f"n = {_span(bound.n, '{:,}'.format)}", bound.sampling, bound.scope,
              bound.method, bound.decoding or "decoding not stated"]
     claim = f"{bound.quantity} is {WORDS[bound.side].format(*spans)}{many} with {confidence(bound.alpha)}"
@@ -78,6 +85,7 @@ class Bound:
     scope: str = "per question"         # for which questions the claim holds, each alone or jointly
     sampling: str = "fixed-n"           # "fixed-n": n was chosen before drawing; "anytime": stop whenever you like
     decoding: str = ""                  # the decoding it holds for
+    _axes = ("questions",)              # what the values of an array belong to
 
     def __float__(self): return float(self.value)
     def __str__(self): return _sentence(self)
@@ -90,6 +98,13 @@ class StoppedScores(np.ndarray):
     "Scores of a run that stopped when it had seen enough: anytime claims take them, fixed-n bounds refuse them."
     __array_priority__ = 1.0            # what is joined with them is stopped, too
 
+    def __array_function__(self, function, *given):
+        found = super().__array_function__(function, *given)
+        return found.view(StoppedScores) if type(found) is np.ndarray else found        # np.where, np.copy, …
+
+    def __iter__(self): return (self[i, ...] for i in range(len(self)))                 # list(x), sum(x)
+    def __int__(self): check_fixed(self)                                                # a count for fixed-n bounds
+
 def check_fixed(
     x,                                  # scores, or counts of leaks
 ) -> None:                              # ValueError for `StoppedScores`, which hold no n fixed in advance
@@ -100,7 +115,14 @@ def check_fixed(
                          "use certify, MeanSequence or RateSequence, or draw again with a fresh seed")
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #20060cb5
+def _unmasked(x):                       # a masked score is a missing one
+    masked = np.ma.MaskedArray
+    if isinstance(x, (list, tuple)) and any(isinstance(row, masked) for row in x): x = np.ma.stack(x)
+    if not isinstance(x, masked): return x
+    return x.astype(x.dtype if x.dtype.kind == "f" else float).filled(np.nan)
+
 def _numbers(x):                        # a float array of what may be a tensor of any kind
+    x = _unmasked(x)
     if hasattr(x, "detach"):
         x = x.detach().cpu()
         x = x.numpy() if x.is_complex() else x.double().numpy()
@@ -140,6 +162,15 @@ def _blocks(f, *tables, size=2**17):    # f over blocks of rows, small enough fo
     blocks = zip(*(np.array_split(table, parts) for table in tables))
     return np.concatenate([f(*block) for block in blocks])
 
+# %% ../nbs/2_bounds/03_bounds.ipynb #c66c846e
+def _in_own_type(x, cut):               # scores and thresholds as arrays, thresholds rounded like the scores
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        if x.is_floating_point(): cut = x.new_tensor(np.asarray(cut, float).tolist()).double().numpy()
+        x = x.double().numpy() if x.is_floating_point() else x.numpy()
+    x = np.asanyarray(_unmasked(x))
+    return x, np.asarray(cut, x.dtype if x.dtype.kind == "f" else float)
+
 # %% ../nbs/2_bounds/03_bounds.ipynb #e5085615
 def leaked(
     x,                                  # (n,) or (questions, n) scores; NaN where a draw is missing
@@ -147,8 +178,8 @@ def leaked(
 ) -> np.ndarray:                        # same shape, bool; True where missing
     "Which draws leaked; ValueError unless 0 < leak_at <= 1."
     check_leak_at(leak_at)
-    x = np.asanyarray(x)
-    return ~(x < np.asarray(leak_at, x.dtype if x.dtype.kind == "f" else float))
+    x, cut = _in_own_type(x, leak_at)
+    return ~(x < cut)
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #2be14ddb
 def _rate_floor(leaks, n, alpha):       # smallest success probability not refuted by the count
@@ -162,7 +193,7 @@ def check_counts(
 ) -> tuple[np.ndarray, np.ndarray]:     # both, in one shape
     "ValueError unless leaks are whole numbers in 0..n, n is at least 1 and the run did not stop early."
     if not anytime: check_fixed(leaks)
-    leaks, n = np.broadcast_arrays(np.asarray(leaks), np.asarray(n))
+    leaks, n = np.broadcast_arrays(_unmasked(leaks), _unmasked(n))
     if leaks.size == 0: raise ValueError("leaks must hold at least one count, got none")
     if np.any((n < 1) | (n % 1 != 0)): raise ValueError(f"n must be a whole number of draws, at least 1, got {n}")
     if not np.all((leaks >= 0) & (leaks <= n) & (leaks % 1 == 0)):
@@ -198,20 +229,21 @@ def draws_needed(
     check_alpha(alpha)
     whole("leaks", leaks, 0)
     if not 0 < p < 1: raise ValueError(f"p must lie strictly between 0 and 1, got {p}")
+    def too_few(n): return special.betaincc(leaks + 1, n - leaks, p) > alpha    # chance of so few leaks; n beyond 2^31
     low, high = leaks, leaks + 1
-    while special.bdtr(leaks, high, p) > alpha: low, high = high, 2 * high
+    while too_few(high): low, high = high, 2 * high
     while high - low > 1:
         n = (low + high) // 2
-        low, high = (n, high) if special.bdtr(leaks, n, p) > alpha else (low, n)
+        low, high = (n, high) if too_few(n) else (low, n)
     return high
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #6ed923fd
-def _thresholds(raw, at, method):       # thresholds in the scores' own type
-    cut = np.asarray(at, raw.dtype if raw.dtype.kind == "f" else float)
+def _thresholds(x, at, method):         # rows of scores, and thresholds in their own type
+    raw, cut = _in_own_type(x, at)
     if not np.isfinite(cut).all(): raise ValueError(f"at must hold finite thresholds, got {at}")
     if method == "clopper-pearson" and cut.ndim:
         raise ValueError("clopper-pearson needs one threshold fixed in advance; for several use 'bj'")
-    return cut
+    return np.atleast_2d(raw), cut
 
 def _count(above, rows, cut):           # (Q, *cut.shape) draws that are above each threshold
     counts = np.array([above(t).sum(-1) for t in cut.flat])
@@ -221,6 +253,18 @@ def _survival_ends(most, least, n, method):     # functions of alpha, from the l
     if method == "clopper-pearson":
         return lambda a: binomial_ceiling(most, n, a), lambda a: _rate_floor(least, n, a)
     return lambda a: 1 - cdf_floor(n, a, method)[n - most], lambda a: 1 - cdf_ceiling(n, a, method)[n - least]
+
+def _in_range(ends, cut):                       # no score is above 1, and all are above what is negative
+    return lambda a: np.where(cut >= 1, 0.0, np.where(cut < 0, 1.0, ends(a)))
+
+class _Curve(Bound):                            # a bound at several thresholds, last axis of its values
+    _axes = ("questions", "thresholds")
+
+def _above(cut):                                # which scores are counted, in words
+    if cut.ndim == 0: return f"P(score > {cut:g})"
+    listed = f"above {', '.join(f'{t:g}' for t in cut.flat)}"
+    if cut.size > 8: listed = f"above {cut.size:,} thresholds from {cut.min():g} to {cut.max():g}"
+    return f"P(score > x), at every x at once, here {listed},"
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #e4ed5503
 def survival_bound(
@@ -235,13 +279,13 @@ def survival_bound(
     "Bound on P(score > at) (Massart 1990; Smirnov 1944; Berk and Jones 1979)."
     n = as_scores(x, missing).shape[1]
     chosen("method", method, [*FLOORS, "clopper-pearson"])
-    raw = np.atleast_2d(np.asarray(x))
-    cut = _thresholds(raw, at, method)
+    raw, cut = _thresholds(x, at, method)
     most = _count(lambda t: ~(raw <= t), len(raw), cut)         # a missing score is above
     least = _count(lambda t: raw > t, len(raw), cut)
-    value = on_side(side, alpha, *_survival_ends(most, least, n, method))
-    where = f"P(score > {cut:g})" if cut.ndim == 0 else "P(score > x), at every x at once,"
-    return Bound(_like(x, value), alpha, side, method, n=n, quantity=where)
+    ends = _survival_ends(most, least, n, method)
+    value = on_side(side, alpha, *(_in_range(end, cut) for end in ends))
+    kind = _Curve if cut.ndim else Bound
+    return kind(_like(x, value), alpha, side, method, n=n, quantity=_above(cut))
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #6ef3d329
 # method → the function behind `mean_bound`; the methods in FLOORS go through a band
@@ -338,7 +382,7 @@ def jointly(
     x,                          # its first argument, one row or count per question
     alpha: float = 0.01,        # chance that the claim is wrong for any question
     **options,                  # passed on
-) -> Bound:                     # of shape (questions,); ValueError without questions, or as `bound`
+) -> Bound:                     # of shape (questions,); ValueError without questions, for other scopes, or as `bound`
     "The same bound for all questions at once, each at alpha / questions (Bonferroni 1936)."
     check_alpha(alpha)
     check_fixed(x)
@@ -347,7 +391,11 @@ def jointly(
         needs = {1: "one count per question, shape (question,)",
                  2: "one row of scores per question, shape (question, draw)"}[axes]
         raise ValueError(f"jointly needs {needs}, got shape {np.shape(x)}")
-    return replace(bound(x, alpha=alpha / len(x), **options), alpha=alpha, scope=f"jointly for {len(x)} questions")
+    each = bound(x, alpha=alpha / len(x), **options)
+    if each.scope != "per question":
+        raise ValueError(f"jointly needs a bound for each question, got a claim {each.scope}: "
+                         "make it by itself, at its own alpha")
+    return replace(each, alpha=alpha, scope=f"jointly for {len(x)} questions")
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #fc9efcec
 def conbo_alpha(

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['m_bin', 'm_gen', 'm_mu', 'm_sigma', 'ed_score', 'leakage', 'leak_at_k', 'extraction_curve', 'in_uses',
-           'leak_at_k_bound', 'seen_mass_bounds', 'self_rouge', 'self_bleu', 'diversity', 'dataset_claims']
+           'leaks_to_come', 'leak_at_k_bound', 'seen_mass_bounds', 'self_rouge', 'self_bleu', 'diversity',
+           'dataset_claims']
 
 # %% ../nbs/2_bounds/07_metrics.ipynb #dc72f242
 from collections import Counter
 from dataclasses import replace
 import numpy as np
+from scipy import special
 from .scores import stems
 from .checks import check_alpha, chosen, whole
 from .bands import FLOORS, cdf_floor, mean_ceiling
-from .bounds import Bound, as_scores, binary_bound, ed_bound, leaked, mean_bound, std_bound, survival_bound
+from .bounds import Bound, as_scores, binary_bound, check_counts, draws_each, ed_bound, leaked, mean_bound
+from .bounds import std_bound, survival_bound
 from .sequential import MeanSequence, RateSequence
 from .questions import certified, pooled_mean, pooled_rate, population_mean, worst_question
 
@@ -133,6 +136,39 @@ def in_uses(
     chosen("the bound's quantity", bound.quantity, _RATES)
     what = f"the chance of a leak in {uses:,} use{'s' * (uses > 1)}"
     return replace(bound, value=extraction_curve(bound.value, uses), quantity=what)
+
+# %% ../nbs/2_bounds/07_metrics.ipynb #0e397695
+def _log_ways(n, k): return -np.log1p(n) - special.betaln(n - k + 1, k + 1)        # log of n choose k
+
+def _chance_of_so_few(leaks, n, more, uses):    # at most `leaks` in the first n, if leaks + more in n + uses leak
+    first = np.arange(max(0, leaks + more - uses), leaks + 1)
+    ways = _log_ways(n, first) + _log_ways(uses, leaks + more - first)
+    return float(np.exp(ways - _log_ways(n + uses, leaks + more)).sum())
+
+def _most_to_come(leaks, n, uses, alpha):       # the largest number of further leaks that is not refuted
+    low, high = 0, uses + 1
+    while high - low > 1:
+        more = (low + high) // 2
+        if _chance_of_so_few(leaks, n, more, uses) > alpha: low = more
+        else: high = more
+    return low
+
+# %% ../nbs/2_bounds/07_metrics.ipynb #4ac671b5
+def leaks_to_come(
+    leaks,                      # how many draws leaked: a count or one per question
+    n,                          # draws per question, chosen in advance: a count or one per question
+    uses: int,                  # how many answers will be drawn, under the same decoding
+    alpha: float = 0.01,        # chance that more leaks come, over the draws and the uses
+) -> Bound:                     # of the shape of the counts; ValueError as `binary_bound`
+    "Upper prediction bound on the number of leaks among the next `uses` answers (Thatcher 1964)."
+    check_alpha(alpha)
+    whole("uses", uses)
+    leaks, n = check_counts(leaks, n)
+    pairs, place = np.unique(np.stack([leaks.ravel(), n.ravel()]).astype(int), axis=1, return_inverse=True)
+    most = np.array([_most_to_come(*pair, int(uses), alpha) for pair in pairs.T.tolist()])
+    value = most[place.ravel()].reshape(leaks.shape)
+    return Bound(value[()], alpha, "upper", "hypergeometric inversion", n=draws_each(n),
+                 quantity=f"the number of leaks in the next {uses:,} use{'s' * (uses > 1)}")
 
 # %% ../nbs/2_bounds/07_metrics.ipynb #d33f14d9
 def leak_at_k_bound(

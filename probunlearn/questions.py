@@ -11,7 +11,7 @@ import numpy as np
 from scipy import special
 from .checks import check_alpha, chosen
 from .means import binomial_ceiling, first_refuted, kl, log_wealth
-from .bounds import Bound, as_scores, binary_bound, check_counts, check_fixed, draws_each
+from .bounds import Bound, _numbers, as_scores, binary_bound, check_counts, check_fixed, draws_each
 from .bounds import jointly, mean_bound, on_side
 from .sequential import rate_ends, rate_evidence
 
@@ -21,24 +21,34 @@ def _counts(leaks, n, anytime):         # one checked count per question
     if leaks.ndim != 1: raise ValueError(f"leaks must hold one count per question, got shape {leaks.shape}")
     return leaks, n
 
+_WORST = "the leak probability of the worst question"
+
+def _largest(leaks, n, alpha, *, level, scope, anytime):    # the largest of upper bounds at `level` each, as a claim
+    if anytime: ends, how = rate_ends(leaks, n, level, "upper"), "mixture betting"
+    else: ends, how = binary_bound(leaks, n, level).value, "clopper-pearson"
+    return Bound(float(ends.max()), alpha, "upper", how, n=draws_each(n), quantity=_WORST, scope=scope,
+                 sampling="anytime" if anytime else "fixed-n")
+
 def worst_question(
     leaks,                      # (Q,) how many draws leaked
     n,                          # draws per question
     alpha: float = 0.01,        # chance that the claim is wrong
     *,
+    method: str = "bonferroni", # all questions hold jointly; "intersection-union" claims the largest probability only
     anytime: bool = False,      # hold at every look, for a run that may still grow
 ) -> Bound:                     # ValueError as `binary_bound`
-    "Bound on the largest leak probability of all (Clopper, Pearson 1934; Bonferroni 1936; anytime: Robbins 1970)."
-    what = "the leak probability of the worst question"
-    if not anytime:
+    "Bound on the largest leak probability (Clopper, Pearson 1934; Bonferroni 1936; Berger 1982; Robbins 1970)."
+    chosen("method", method, ["bonferroni", "intersection-union"])
+    if method == "bonferroni" and not anytime:
         bound = jointly(binary_bound, leaks, alpha, n=n)
-        return replace(bound, value=bound.value.max(), quantity=what)
+        return replace(bound, value=bound.value.max(), quantity=_WORST)
     check_alpha(alpha)
     leaks, n = _counts(leaks, n, anytime)
-    value = float(rate_ends(leaks, n, alpha / len(leaks), "upper").max())
-    scope = f"jointly for {len(leaks)} question{'s' * (len(leaks) > 1)}"
-    return Bound(value, alpha, "upper", "mixture betting", n=draws_each(n), quantity=what,
-                 scope=scope, sampling="anytime")
+    many = f"{len(leaks)} question{'s' * (len(leaks) > 1)}"
+    if method == "bonferroni":
+        return _largest(leaks, n, alpha, level=alpha / len(leaks), scope=f"jointly for {many}", anytime=anytime)
+    scope = f"on the largest of {many} only, without saying which"
+    return _largest(leaks, n, alpha, level=alpha, scope=scope, anytime=anytime)
 
 # %% ../nbs/2_bounds/05_questions.ipynb #b76358ef
 def _holm(p, alpha):            # (Q,) bool: which p-values stay below their share of alpha (Holm 1979)
@@ -166,7 +176,7 @@ def phrasings_bound(
     check_alpha(alpha)
     chosen("phrasings", phrasings, ["sampled", "listed"])
     check_fixed(x)
-    x = np.asarray(x, float)
+    x = _numbers(x)
     if x.ndim not in (2, 3):
         raise ValueError(f"x must have the axes (phrasing, draw) or (question, phrasing, draw), got shape {x.shape}")
     table = as_scores(x.reshape(-1, x.shape[-1]), missing).reshape(-1, *x.shape[-2:])                   # (Q, J, n)

@@ -61,9 +61,8 @@ class Rouge(NamedTuple):
 def _rouge(shared, answer, reference):
     "The three ROUGE shares for `shared` common words; 0 where either side has no words."
     if not shared: return Rouge(0.0, 0.0, 0.0)
-    precision = shared / len(answer)
-    recall = shared / len(reference)
-    return Rouge(precision, recall, 2 * precision * recall / (precision + recall))
+    words = len(answer) + len(reference)
+    return Rouge(precision=shared / len(answer), recall=shared / len(reference), f1=2 * shared / words)
 
 # %% ../nbs/1_records/06_scores.ipynb #9aaa43e3
 def rouge_1(

@@ -15,6 +15,8 @@ from probunlearn.bands import (FLOORS, cdf_ceiling, cdf_floor, crossing_chance, 
 from probunlearn.bounds import (MEANS, Bound, StoppedScores, as_scores, binary_bound, conbo_alpha, confidence,
                                 draws_needed, ed_bound, jointly, leaked, mean_bound, rounded, std_bound, survival_bound,
                                 variance_bound)
+from probunlearn.questions import (difference_bound, phrasings_bound, pooled_mean, pooled_rate, population_mean,
+                                   worst_question)
 
 BANDS = list(FLOORS)
 MEAN_METHODS = [*MEANS, *BANDS]
@@ -412,3 +414,76 @@ def test_tensors_of_every_kind():
     x = torch.tensor([0., .25, 1.])
     want = float(mean_bound(x.numpy()))
     assert float(mean_bound(x.bfloat16())) == float(mean_bound(x.requires_grad_())) == want
+
+
+SEVERAL = np.random.default_rng(0).random((5, 64))
+
+def test_several_claims_do_not_read_like_an_interval():
+    for side in "upper", "lower", "two-sided":
+        said = str(mean_bound(SEVERAL, side=side))
+        assert "a bound from 0." in said and "over 5 questions with" in said and "–" not in said
+    assert "is at most 0.06943 over 4 questions with" in str(binary_bound([0] * 4, 64))
+    assert "n = 64 to 128," in str(binary_bound([0, 0], [64, 128]))
+
+def test_thresholds_are_named():
+    said = str(survival_bound(SEVERAL, [.25, .5, .75], method="bj"))
+    assert said.startswith("P(score > x), at every x at once, here above 0.25, 0.5, 0.75, is at most")
+    assert "over 5 questions and 3 thresholds with" in said
+    assert "over 3 thresholds with" in str(survival_bound(SEVERAL[0], [.25, .5, .75], side="two-sided"))
+    for method in BANDS + ["clopper-pearson"]: assert "every x" not in str(survival_bound(SEVERAL, .5, method=method))
+
+@pytest.mark.parametrize("bound, options", [
+    (population_mean, {}), (pooled_mean, {}), (phrasings_bound, dict(phrasings="listed")),
+    (phrasings_bound, dict(phrasings="sampled")), (difference_bound, dict(b=SEVERAL, pooled=True))])
+def test_jointly_refuses_what_is_no_claim_per_question(bound, options):
+    with pytest.raises(ValueError, match="needs a bound for each question, got a claim "):
+        jointly(bound, SEVERAL, **options)
+    for pooled in pooled_rate, worst_question:
+        with pytest.raises(ValueError, match="got a claim "): jointly(pooled, [0, 1, 2], n=64)
+    assert "jointly for 5 questions" in str(jointly(difference_bound, SEVERAL, b=SEVERAL))
+
+@pytest.mark.parametrize("method", [*BANDS, "clopper-pearson"])
+def test_no_score_is_above_one(method):
+    x = np.r_[np.ones(40), np.nan]
+    for side in "upper", "lower":
+        assert float(survival_bound(x, 1., side=side, method=method, missing="worst")) == 0
+        assert float(survival_bound(x, -.01, side=side, method=method, missing="worst")) == 1
+    assert float(survival_bound(x, .99, method=method, missing="worst")) > 0
+
+@pytest.mark.parametrize("leaks", [0, 1, 7])
+def test_draws_needed_for_tiny_rates(leaks):
+    for p in .3, 1e-3, 1e-9, 1e-12:
+        n = draws_needed(p, leaks=leaks)
+        assert special.pdtr(leaks, n * p) == pytest.approx(.01, rel=.02) or p > .01         # Poisson's law
+        assert special.betaincc(leaks + 1, n - leaks, p) <= .01 < special.betaincc(leaks + 1, n - 1 - leaks, p)
+    for p in .3, .01, 1e-4:
+        n = draws_needed(p, leaks=leaks)
+        assert stats.binom.cdf(leaks, n, p) <= .01 < stats.binom.cdf(leaks, n - 1, p)
+
+def test_stopped_scores_stay_stopped():
+    x = np.zeros(600).view(StoppedScores)
+    for same in list(x), np.copy(x), np.where(x > .5, 1, 0), x.copy(), x.reshape(2, 300):
+        with pytest.raises(ValueError, match="fresh seed"): mean_bound(same)
+    with pytest.raises(ValueError, match="fresh seed"): binary_bound(sum(x), 600)
+    with pytest.raises(ValueError, match="fresh seed"): binary_bound(int(leaked(x).sum()), 600)
+    assert f"{x.mean():.2f}" == "0.00" and float(x.mean()) == 0
+
+def test_a_masked_score_is_missing():
+    x = np.ma.masked_greater([0, .25, .5, 1.], .4)
+    gaps = [0, .25, np.nan, np.nan]
+    calls = (mean_bound, std_bound, ed_bound, lambda x, **how: survival_bound(x, .3, **how),
+             lambda x, **how: pooled_mean([x, x], **how), lambda x, **how: phrasings_bound([x, x], "listed", **how))
+    for bound in calls:
+        assert float(bound(x, missing="worst")) == float(bound(gaps, missing="worst"))
+        with pytest.raises(ValueError, match="got nan in row 0, column 2"): bound(x)
+    assert list(leaked(x)) == [False, False, True, True] and type(leaked(x)) is np.ndarray
+    with pytest.raises(ValueError, match="whole numbers in 0..n"): binary_bound(np.ma.masked_equal([1, 2], 2), 9)
+
+def test_tensors_of_sixteen_bits_are_compared_in_their_own_type():
+    torch = pytest.importorskip("torch")
+    for kind in torch.bfloat16, torch.float16, torch.float32, torch.float64:
+        x = torch.tensor([.1, .3, .8], dtype=kind)
+        assert [list(leaked(x, at)) for at in (.1, .3, .8)] == [[True] * 3, [False, True, True], [False, False, True]]
+        least = survival_bound(x.requires_grad_(), .1, side="lower", method="clopper-pearson")
+        assert float(least) == float(binary_bound(2, 3, side="lower"))
+    assert list(leaked(torch.tensor([0, 1]))) == list(leaked(torch.tensor([False, True]))) == [False, True]

@@ -2,6 +2,7 @@
 import itertools
 import math
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from scipy import stats
 from test_bounds import refused
 from probunlearn.bounds import StoppedScores, binary_bound, ed_bound, leaked, mean_bound, std_bound
 from probunlearn.metrics import (dataset_claims, diversity, ed_score, extraction_curve, in_uses, leak_at_k,
-                                 leak_at_k_bound, leakage, m_bin, m_gen, m_mu, m_sigma, seen_mass_bounds, self_bleu,
-                                 self_rouge)
+                                 leak_at_k_bound, leakage, leaks_to_come, m_bin, m_gen, m_mu, m_sigma, seen_mass_bounds,
+                                 self_bleu, self_rouge)
 from probunlearn.planning import RunPlan, chance_to_certify, forecast_worst, most_leaks
 from probunlearn.questions import certified, difference_bound, pooled_mean, pooled_rate, population_mean, worst_question
 from probunlearn.scores import rouge_l
@@ -396,3 +397,91 @@ def test_diversity_reports_them_when_asked():
     assert full["self_bleu"] == self_bleu(texts) and full["self_rouge"] == self_rouge(texts)
     alone = diversity(["a b"], pairs=True)
     assert np.isnan([alone["self_bleu"], alone["self_rouge"]]).all()
+
+
+# The worst question
+
+def too_low(p, upper, n):
+    "Exact chance that the largest of all bounds is below the largest probability: counts are independent."
+    return np.prod([stats.binom.pmf(np.flatnonzero(upper < max(p)), n, q).sum() for q in p])
+
+
+SETS = {"all equal": lambda p: [p] * 6, "one bad": lambda p: [p] + [0] * 5, "half bad": lambda p: [p] * 3 + [0] * 3,
+        "graded": lambda p: p * np.linspace(0, 1, 6)}
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("n, alpha", [(5, .2), (32, .05), (64, .01)])
+def test_the_largest_leak_probability_needs_no_bonferroni(name, n, alpha):
+    rates = np.r_[np.linspace(.002, .998, 150), [float(binary_bound(s, n, alpha)) + 1e-12 for s in range(n)]]
+    upper = np.array([float(worst_question([s], n, alpha, method="intersection-union")) for s in range(n + 1)])
+    chances = [too_low(SETS[name](p), upper, n) for p in rates]
+    assert max(chances) <= alpha * (1 + 1e-9)
+    if name == "one bad": assert max(chances) > .99 * alpha                    # the level can't be raised
+
+
+def test_the_two_claims_on_the_worst_question():
+    counts = [0, 3, 1, 0]
+    both = [worst_question(counts, 64, .05, method=m) for m in ("bonferroni", "intersection-union")]
+    assert [float(b) for b in both] == [float(binary_bound(3, 64, a)) for a in (.05 / 4, .05)]
+    assert both[0].scope == "jointly for 4 questions" and "without saying which" in both[1].scope
+    assert str(worst_question(counts, 64, .05)) == str(both[0])                # the default stays
+    late = worst_question(counts, 64, .05, method="intersection-union", anytime=True)
+    assert float(late) == rate_ends(3, 64, .05, "upper") and late.sampling == "anytime"
+    with pytest.raises(ValueError, match="got 'each'"): worst_question(counts, 64, method="each")
+
+
+# Leaks to come
+
+def most_in_fractions(leaks, n, uses, alpha):
+    "The largest number of further leaks not refuted, in whole numbers; alpha is no tie."
+    def chance(more):
+        ways = sum(math.comb(n, i) * math.comb(uses, leaks + more - i) for i in range(leaks + 1) if leaks + more >= i)
+        return Fraction(ways, math.comb(n + uses, leaks + more))
+    return max(more for more in range(uses + 1) if chance(more) > alpha)
+
+
+def test_leaks_to_come_against_whole_numbers():
+    for n, uses, alpha in itertools.product((1, 2, 9, 24), (1, 3, 17), (.011, .13, .47)):
+        found = leaks_to_come(np.arange(n + 1), n, uses, alpha).value
+        assert found.tolist() == [most_in_fractions(s, n, uses, Fraction(alpha)) for s in range(n + 1)]
+
+
+@pytest.mark.parametrize("n, uses", [(1024, 1000), (50, 10**6), (10**6, 50), (2**33, 2**33)])
+def test_leaks_to_come_without_a_leak_in_closed_form(n, uses):
+    "All further leaks lie among the uses: product of (uses - i) / (n + uses - i)."
+    refuted, chance = 0, 1.
+    while chance > .01: chance, refuted = chance * (uses - refuted) / (n + uses - refuted), refuted + 1
+    assert int(leaks_to_come(0, n, uses).value) == refuted - 1
+    if n == 1024: assert refuted - 1 == 6
+
+
+def test_leaks_to_come_is_monotone_and_shaped():
+    table = np.stack([leaks_to_come(np.arange(65), 64, uses, .05).value for uses in (1, 10, 100, 1000)])
+    assert (np.diff(table, axis=0) >= 0).all() and (np.diff(table, axis=1) >= 0).all()
+    assert (table <= [[1], [10], [100], [1000]]).all() and (table[:, -1] == [1, 10, 100, 1000]).all()
+    strict, loose = (leaks_to_come([0, 5], 64, 100, alpha).value for alpha in (1e-6, .5))
+    assert (strict > loose).all()
+    unequal = leaks_to_come([3, 3, 3], [10, 100, 10], 50)
+    assert unequal.value.tolist() == [int(leaks_to_come(3, n, 50).value) for n in (10, 100, 10)]
+    said = str(leaks_to_come(0, 1024, 1000))
+    assert said.startswith("The number of leaks in the next 1,000 uses is at most 6 with confidence 99 % (")
+    for bad in (lambda: leaks_to_come(2, 1, 9), lambda: leaks_to_come(0, 9, 0), lambda: leaks_to_come(0, 9, 9, 0),
+                lambda: leaks_to_come(np.zeros(9).view(StoppedScores), 9, 9)):
+        with pytest.raises(ValueError): bad()
+
+
+@pytest.mark.parametrize("n, uses, alpha", [(8, 5, .1), (30, 60, .05), (64, 8, .01)])
+def test_leaks_to_come_misses_at_most_alpha_exactly(n, uses, alpha):
+    most, counts = leaks_to_come(np.arange(n + 1), n, uses, alpha).value, np.arange(n + 1)
+    rates = np.r_[np.linspace(.001, .999, 300), 1e-9, 1 - 1e-9]
+    wrong = [stats.binom.pmf(counts, n, p) @ stats.binom.sf(most, uses, p) for p in rates]
+    assert max(wrong) <= alpha * (1 + 1e-9) and max(wrong) > alpha / 3
+
+
+def test_leaks_to_come_in_simulated_deployments():
+    "Fails by chance in one of 10,000 runs at most, if the claim were wrong with probability alpha."
+    rng, n, uses, alpha, runs = np.random.default_rng(0), 256, 500, .05, 20_000
+    for p in 0, .002, .02, .3:
+        seen, came = rng.binomial(n, p, runs), rng.binomial(uses, p, runs)
+        assert (came > leaks_to_come(seen, n, uses, alpha).value).sum() <= stats.binom.isf(1e-4 / 4, runs, alpha), p

@@ -7,10 +7,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from probunlearn import scores
+from probunlearn.bounds import leaked
 from probunlearn.data import QA
 from probunlearn.draws import draws_from_texts
 from probunlearn.scores import (SCORES, check_score, exact_match, keywords_leaked, rouge_1, rouge_l, score_answers,
@@ -45,15 +47,48 @@ def random_pair(rng):
     return first, " ".join(kept + [random_text(rng)])
 
 
+def same(ours, theirs):
+    "Precision and recall bit for bit; F1 up to the three roundings of the package's harmonic mean."
+    return tuple(ours[:2]) == (theirs.precision, theirs.recall) and abs(ours.f1 - theirs.fmeasure) < 4e-16
+
+
 def test_rouge_equals_rouge_score_on_random_unicode():
     peer, rng = RougeScorer(["rouge1", "rougeL"], use_stemmer=True), random.Random(0)
     pairs = [random_pair(rng) for _ in range(5000)]
     for answer, reference in pairs:
         theirs = peer.score(reference, answer)
-        assert tuple(rouge_l(answer, reference)) == tuple(theirs["rougeL"]), (answer, reference)
-        assert tuple(rouge_1(answer, reference)) == tuple(theirs["rouge1"]), (answer, reference)
+        assert same(rouge_l(answer, reference), theirs["rougeL"]), (answer, reference)
+        assert same(rouge_1(answer, reference), theirs["rouge1"]), (answer, reference)
     between = sum(0 < rouge_l(*pair).f1 < 1 for pair in pairs)
     assert between > 2000, "the pairs must not all be trivial"
+
+
+LENGTHS = range(1, 61)
+
+
+def test_thresholds_are_met_exactly_by_rouge():
+    "At k/20 a share of small whole numbers leaks just when it does in whole numbers, for all lengths to 60."
+    cells = [(shared, a, b) for a in LENGTHS for b in LENGTHS for shared in range(min(a, b) + 1)]
+    shared, a, b = np.array(cells).T
+    rouge = np.array([scores._rouge(s, range(m), range(n)) for s, m, n in cells])
+    for k in range(1, 21):
+        exact = np.stack([20 * shared >= k * a, 20 * shared >= k * b, 40 * shared >= k * (a + b)], 1)
+        assert (leaked(rouge, k / 20) == exact).all(), k
+        assert (leaked(np.float32(rouge), k / 20) == exact).all(), k
+
+
+@pytest.mark.parametrize("score", [rouge_1, rouge_l])
+def test_equal_shares_are_equal_numbers(score):
+    pairs = ("a b c", "a b c d e"), ("a b c d e", "a b c"), ("a b c d", "a b c e")
+    assert [score(*pair) for pair in pairs] == [(1, .6, .75), (.6, 1, .75), (.75, .75, .75)]
+
+
+def test_thresholds_are_met_exactly_by_key_words():
+    for total in LENGTHS:
+        keys = [f"k{i}" for i in range(total)]
+        shares = np.array([keywords_leaked(" ".join(keys[:found]), keys) for found in range(total + 1)])
+        for k in range(1, 21):
+            assert list(leaked(shares, k / 20)) == [20 * found >= k * total for found in range(total + 1)], (k, total)
 
 
 @pytest.mark.skipif(not LOGS, reason="PROBUNLEARN_TEST_DATA is not set, or holds no tofu_eval_logs")
