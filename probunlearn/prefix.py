@@ -40,8 +40,8 @@ def _read_unpadded(lm, ids, lengths, last=1):
     return out
 
 # %% ../nbs/5_models/03_prefix.ipynb #7f093438
-_NO_KEYS = ("{}: the keys and values of a text are not all that its next token depends on, so its prefixes can't be kept "
-            "in a tree; ask for draws instead, model.draw(…) or evaluate(model, …)")
+_NO_KEYS = ("{}: the keys and values of a text are not all that its next token depends on, so its prefixes can't be "
+            "kept in a tree; ask for draws instead, model.draw(…) or evaluate(model, …)")
 
 def _padded(tok, texts, device):
     "Token ids and mask (B, T) of some texts, padded on the left."
@@ -352,8 +352,8 @@ class WholeRows:
         return _read_unpadded(self.lm, self.ids, self.lengths)[:, -1]
 
 # %% ../nbs/5_models/03_prefix.ipynb #70f1259e
-_SLOW = ("{}: each token reads its whole text again, since what the model keeps of a text can't be forked row by row: the "
-         "same law and the same streams, but slow")
+_SLOW = ("{}: each token reads its whole text again, since what the model keeps of a text can't be forked row by row: "
+         "the same law and the same streams, but slow")
 
 def grow_rows(
     lm,             # causal LM
