@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from conftest import KINDS, SIZES, LetterTok, letter_model, letters, random_lm
 from probunlearn.data import encode_prompt, fictional_authors
 from probunlearn.draws import Decoding
+from probunlearn.evaluation import evaluate
+from probunlearn.exact import answer_logprob
 from probunlearn.prefix import CopiedRows, SharedRows, WholeRows, batch_shift, grow_rows, read_prompts, read_texts
 from probunlearn.tree import PrefixTree
 
@@ -68,10 +70,10 @@ def tiny(kind, dtype=torch.float32):
     return lm
 
 
-def teacher_forced(lm, prompt, answer):
+def teacher_forced(lm, prompt, answer, temperature=HOT):
     "Log-probability of an answer, from one plain forward pass over prompt and answer."
     logits = lm(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0].double()
-    law = (logits / HOT).log_softmax(-1)[len(prompt) - 1:-1]
+    law = (logits / temperature).log_softmax(-1)[len(prompt) - 1:-1]
     return float(law[range(len(answer)), list(answer)].sum())
 
 
@@ -209,3 +211,16 @@ def test_a_broken_model_is_not_called_dependent():
     lm = tiny("llama")
     lm.lm_head.weight.data.fill_(float("nan"))
     assert batch_shift(lm, LetterTok(16), [[1, 2, 3], [4, 5]]) == 0
+
+
+@pytest.mark.filterwarnings(SLOW)
+@pytest.mark.parametrize("kind", ["mamba", "rwkv", "recurrent_gemma"])
+def test_an_evaluation_runs_from_check_to_exact_probabilities(kind):
+    "The reference answers' probabilities are those of plain forward passes, too."
+    lm, decoding = tiny(kind), Decoding(max_new_tokens=4)
+    model, qas = letter_model(lm), letters(3, longest=12)
+    report = evaluate(model, qas, n=16, score="exact_match", alpha=.2, decoding=decoding, progress=False)
+    with torch.no_grad():
+        for qa, prompt, found in zip(qas, lists(model, qas), answer_logprob(model, qas)):
+            assert abs(found - teacher_forced(lm, prompt, [ord("x") % 15, 15], 1)) < 1e-4
+    assert len(report.forget.draws) == 3
