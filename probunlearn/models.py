@@ -19,6 +19,7 @@ from importlib.metadata import version
 from .data import Template
 from .draws import Decoding, fingerprint, prompt_words
 from .files import write_text
+from .prefix import check_independence
 from .sampling import BLOCK, draw_answers, encode_prompts, greedy_answers
 from .temperature import AdaptiveTemperature
 from .weights import adapted, adapter_base, beside, end_ids, lm_fingerprint, packaged, read_weights
@@ -105,9 +106,10 @@ class LocalModel:
         return _arriving(self, qas, n, decoding, seed=seed, start=start)
 
     def check(self, qas, decoding):
-        "ValueError for questions that can't be asked: duplicate ids, or a prompt that leaves no room for the answer."
+        """ValueError for questions that can't be asked: duplicate ids, or a prompt that leaves no room for the answer.
+        Weights whose answers depend on what else is in the batch are asked row by row from then on (a warning)."""
         end_ids(self.lm, self.tok)
-        encode_prompts(self, qas, decoding)
+        check_independence(self.lm, self.tok, encode_prompts(self, qas, decoding))
 
     def replace(self, **changed):               # fields of this class
         "A `LocalModel` with the same weights, asked another way."

@@ -9,6 +9,7 @@ __all__ = []
 from contextlib import contextmanager
 import copy
 import math
+import warnings
 import torch
 from transformers import AttentionInterface, Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
@@ -16,7 +17,32 @@ from transformers.cache_utils import CacheLayerMixin
 # %% ../nbs/5_models/03_prefix.ipynb #f2303d1c
 from .weights import answering
 
+# %% ../nbs/5_models/03_prefix.ipynb #76594f49
+def _stateful(lm):
+    "Whether the model keeps more of a text than keys and values: the state of a recurrent or convolutional layer."
+    if getattr(lm, "_is_stateful", False): return True
+    return any(hasattr(layer, "conv_states") for layer in DynamicCache(config=lm.config).layers)
+
+def _keeps_keys(lm):
+    "Whether a text's keys and values are all that its next token depends on."
+    return not (getattr(lm, "answers_alone", False) or _stateful(lm))
+
+# %% ../nbs/5_models/03_prefix.ipynb #9f310650
+def _read_unpadded(lm, ids, lengths, last=1):
+    "Logits (B, last, V) behind texts (B, T) that are padded on the left, read without their padding."
+    out = None
+    for length in lengths.unique().tolist():
+        equal = (lengths == length).nonzero()[:, 0]
+        for some in equal.split(1 if getattr(lm, "answers_alone", False) else len(equal)):
+            logits = lm(input_ids=ids[some, -length:], use_cache=False, logits_to_keep=last).logits[:, -last:]
+            if out is None: out = logits.new_zeros(len(ids), min(last, ids.shape[1]), logits.shape[-1])
+            out[some, -logits.shape[1]:] = logits
+    return out
+
 # %% ../nbs/5_models/03_prefix.ipynb #7f093438
+_NO_KEYS = ("{}: the keys and values of a text are not all that its next token depends on, so its prefixes can't be "
+            "kept in a tree; ask for draws instead, model.draw(…) or evaluate(model, …)")
+
 def _padded(tok, texts, device):
     "Token ids and mask (B, T) of some texts, padded on the left."
     longest = max(map(len, texts))
@@ -31,10 +57,13 @@ def read_texts(
     texts: list,            # (B,) token id lists
     *,
     last: int = 1,          # tokens at the end of which the logits are wanted
-    cache: Cache = None,    # takes the keys and values
+    cache: Cache = None,    # takes the keys and values; NotImplementedError where they are not all that counts
 ) -> tuple:                 # logits (B, last, V) behind the last tokens, attention mask (B, T)
     "What the model makes of some texts, read in one batch."
     ids, mask = _padded(tok, texts, lm.device)
+    if not _keeps_keys(lm):
+        if cache is not None: raise NotImplementedError(_NO_KEYS.format(lm.config.model_type))
+        with answering(lm): return _read_unpadded(lm, ids, mask.sum(-1), last), mask
     position = (mask.cumsum(-1) - 1).clamp(min=0)                           # (B, T)
     how = dict(past_key_values=cache, use_cache=cache is not None, logits_to_keep=last)
     with answering(lm): logits = lm(input_ids=ids, attention_mask=mask, position_ids=position, **how).logits
@@ -45,15 +74,16 @@ def read_prompts(
     lm,                 # causal LM
     tok,                # its tokenizer
     prompts: list,      # (Q,) token id lists
-) -> tuple:             # next-token logits (Q, V), cache, attention mask (Q, P)
+) -> tuple:             # next-token logits (Q, V), cache (or token ids (Q, P) where it can't be forked), mask (Q, P)
     "The model's view of all prompts."
-    cache = DynamicCache(config=lm.config)
+    cache = DynamicCache(config=lm.config) if _keeps_keys(lm) else None
     logits, mask = read_texts(lm, tok, prompts, cache=cache)
-    return logits[:, -1], cache, mask
+    filled = cache is not None and any(getattr(layer, "keys", None) is not None for layer in cache.layers)
+    return logits[:, -1], cache if filled else _padded(tok, prompts, lm.device)[0], mask
 
 # %% ../nbs/5_models/03_prefix.ipynb #00fa3afa
 class CopiedRows:
-    "Rows that each hold the whole cache; works with every causal LM."
+    "Rows that each hold the whole cache; works with every causal LM that keeps keys and values only."
     def __init__(
         self,
         lm,         # causal LM
@@ -289,7 +319,42 @@ def shares_prefix(
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return config.model_type in SHARING and not (windowed and longest > config.sliding_window)
 
+# %% ../nbs/5_models/03_prefix.ipynb #7294b93a
+class WholeRows:
+    "Rows that are read from their first token at each step; works with every causal LM."
+    def __init__(
+        self,
+        lm,         # causal LM
+        read,       # what `read_prompts` gave, with the token ids
+        question,   # (R,) the prompt of each row
+    ):
+        _, ids, mask = read
+        self.lm, self.ids, self.lengths = lm, ids[question], mask.sum(-1)[question]
+
+    def arrange(self, origin):
+        "Row i continues row `origin[i]` from now on."
+        self.ids, self.lengths = self.ids[origin], self.lengths[origin]
+
+    def at_work(self):
+        "The model can do it as it is, once it is answering."
+        return answering(self.lm)
+
+    def fork(self, origin, slots=None):
+        "New rows that continue the rows `origin` of these, which stay as they are."
+        other = copy.copy(self)
+        other.arrange(origin)
+        return other
+
+    def step(self, token):
+        "Next-token logits (R, V) after one more token (R,) on each row."
+        self.ids = torch.cat([self.ids, token[:, None]], 1)
+        self.lengths = self.lengths + 1
+        return _read_unpadded(self.lm, self.ids, self.lengths)[:, -1]
+
 # %% ../nbs/5_models/03_prefix.ipynb #70f1259e
+_SLOW = ("{}: each token reads its whole text again, since what the model keeps of a text can't be forked row by row: "
+         "the same law and the same streams, but slow")
+
 def grow_rows(
     lm,             # causal LM
     read,           # what `read_prompts` gave
@@ -297,7 +362,39 @@ def grow_rows(
     *,
     length: int,    # most tokens a row will get
     slots: int,     # most rows there will be
-):                  # `SharedRows` where the model allows it, else `CopiedRows`
+):                  # `SharedRows` where the model allows it, else `CopiedRows`, else `WholeRows` with a warning
     "Rows ready to grow."
+    if not isinstance(read[1], Cache):
+        if not getattr(lm, "answers_alone", False): warnings.warn(_SLOW.format(lm.config.model_type))
+        return WholeRows(lm, read, question)
     if not shares_prefix(lm, read[2].shape[1] + length): return CopiedRows(lm, read, question)
     return SharedRows(lm, read, question, length=length, slots=slots)
+
+# %% ../nbs/5_models/03_prefix.ipynb #0ac0bc96
+def batch_shift(
+    lm,             # causal LM
+    tok,            # its tokenizer
+    prompts: list,  # token id lists
+) -> float:         # in [0, 1]; NaN when the model can answer alone but not among others
+    "Largest total variation between a text's next-token laws alone and among others, over its last 8 positions."
+    shortest = min(prompts, key=len)
+    text = shortest[:-1] or shortest                    # shorter than any other, so that it is padded
+    last = min(8, len(text))
+    batches = [text], [text, text[::-1], *prompts[:6]]
+    alone, among = (read_texts(lm, tok, batch, last=last)[0][0].float().softmax(-1) for batch in batches)
+    if not alone.isfinite().all(): return 0.            # broken, but not by the others
+    return float((alone - among).abs().sum(-1).max()) / 2
+
+# %% ../nbs/5_models/03_prefix.ipynb #55eafaf2
+def check_independence(
+    lm,             # causal LM; gets `answers_alone = True` when its answers depend on the batch
+    tok,            # its tokenizer
+    prompts: list,  # token id lists
+):
+    "See to it that no draw depends on another; a warning when that takes one row per forward pass."
+    shift, allowed = batch_shift(lm, tok, prompts), 1e-3 if lm.dtype in (torch.float32, torch.float64) else .05
+    if shift <= allowed: return
+    lm.answers_alone = True
+    warnings.warn(f"{lm.config.model_type}: among other texts the law of its next token shifts by {shift:.2g} (total "
+                  f"variation; {allowed:g} is allowed), so its draws would not be independent: it is asked row by row, "
+                  "one whole text per forward pass, which is slow")

@@ -64,8 +64,14 @@ def _branch(row, token, state, limit, vocabulary):
         yield origin, token[rows], None if state is None else state[origin], draws, row[draws] - a
 
 # %% ../nbs/5_models/04_sampling.ipynb #7225bfb7
-def _limit(read, length, memory):
+def _whole_limit(lm, length, memory):
+    "The same for rows without a cache: as if a text of `length` tokens took keys and values while it is read."
+    width, layers = lm.get_input_embeddings().weight.shape[1], lm.config.get_text_config().num_hidden_layers
+    return max(1, int(memory * 2**20 / (2 * width * layers * lm.dtype.itemsize * length)))
+
+def _limit(lm, read, length, memory):
     "How many rows fit into `memory` MB of keys and values, when each gets up to `length` tokens."
+    if torch.is_tensor(read[1]): return _whole_limit(lm, read[1].shape[1] + length, memory)
     layers = [layer for layer in read[1].layers if getattr(layer, "keys", None) is not None]
     tensors = [x for layer in layers for x in (layer.keys, layer.values)]
     per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in tensors)
@@ -126,7 +132,7 @@ def _grow(model, prompts, question, streams, decoding, memory, least):
     "Token ids (m, T) and log-probabilities (m,) of m draws; draw i answers prompt `question[i]` from `streams[i]`."
     lm, length = model.lm, decoding.max_new_tokens
     read = read_prompts(lm, model.tok, prompts)
-    limit = min(len(streams), max(least, _limit(read, length, memory)))
+    limit = min(len(streams), max(least, _limit(lm, read, length, memory)))
     rows = grow_rows(lm, read, torch.arange(len(prompts), device=lm.device), length=length, slots=limit)
     growth = Growth(model, streams, decoding, limit=limit)
     state = model.rule.start(len(prompts), lm.device) if model.rule else None
