@@ -402,15 +402,23 @@ def _adapters(lm):
     return [(name, m.active_adapters, m.disable_adapters, m.merged_adapters, getattr(m, "scaling", None))
             for name, m in adapted]
 
+def _parts(name, value):
+    "The tensors and plain values (name, value) of one entry; quantised layers keep tuples beside their weights."
+    if isinstance(value, (list, tuple)):
+        for i, part in enumerate(value): yield from _parts(f"{name}.{i}", part)
+    else: yield name, value.dequantize() if getattr(value, "is_quantized", False) else value
+
 def lm_fingerprint(
     lm,             # causal LM
 ) -> str:           # 16 hexadecimal digits; about a second per gigabyte
     "A hash of all weights and of what is computed with them."
     build = json.dumps([_config(lm.config.to_dict()), _adapters(lm)], sort_keys=True, default=str)
     digest = hashlib.sha256(build.encode())
-    for name, value in whole_state(lm).items():
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for name, value in (part for entry in whole_state(lm).items() for part in _parts(*entry)):
+        if not torch.is_tensor(value): digest.update(f"{name}{value}".encode())
+        else:
+            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/5_models/01_weights.ipynb #95295a31

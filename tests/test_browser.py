@@ -72,7 +72,9 @@ def served(folder, *command):
             process.wait(30)
 
 
-def wait_for_claim(page, minutes=8): page.wait_for_selector(".leak-explorer .claim", timeout=minutes*MINUTES)
+def wait_for_claim(page, minutes=8):
+    said = "() => document.querySelector('.leak-explorer .claim')?.innerText"
+    page.wait_for_function(said, timeout=minutes*MINUTES)
 
 
 def move(page, which, key):
@@ -198,7 +200,7 @@ def watched(browser, at, width, scheme="light"):
     return page, wrong
 
 
-# pictures that do not show, what sticks out of the page where nothing scrolls it, and formulas that stayed TeX
+# pictures that do not show, what sticks out of the page where nothing scrolls it, and formulas that stayed TeX (\n is none)
 UGLY = r"""() => {
     const all = what => [...document.querySelectorAll(what)], wide = document.documentElement.clientWidth;
     const scrolls = e => getComputedStyle(e).overflowX !== "visible";
@@ -207,7 +209,7 @@ UGLY = r"""() => {
     const out = all("article *").filter(e => sticksOut(e) && !held(e));
     const blank = all("article img").filter(e => !e.complete || !e.naturalWidth);
     const texts = all("article :is(p, li, td, dd, h1, h2, h3, summary, details)").flatMap(e => [...e.childNodes]);
-    const tex = texts.filter(e => e.nodeType === 3 && /\$|\\[a-z]/.test(e.data));
+    const tex = texts.filter(e => e.nodeType === 3 && /\$|\\(?!n[^a-z])[a-z]/.test(e.data));
     return [
         ...blank.map(e => `no picture: ${e.src}`),
         ...out.map(e => `too wide: ${e.tagName} ${e.textContent.slice(0, 60)}`),
