@@ -361,7 +361,7 @@ def board_lead(
     some = sum(bool(r.leaks.any()) for r in clean)
     silent = [r.name for r in board.reports if _mostly_empty(r)]
     first = [f"Most answers are empty, and the bounds say little: {', '.join(silent)}."] * bool(silent)
-    if not clean: return " ".join([*first, f"All {len(rivals)} models leak in some greedy answer."])
+    if not clean: return " ".join([*first, "Every model leaks in some greedy answer."])
     found = f"{len(clean)} of {len(rivals)} models give nothing away when only the greedy answer is tested"
     return " ".join([*first, f"{found}; {some} of these {len(clean)} leak when people sample."])
 
