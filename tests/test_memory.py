@@ -115,6 +115,6 @@ def test_priv_leak_of_a_claim_is_a_claim():
     leak = priv_leak(bound, reference=.6)
     assert leak.alpha == .05 and leak.value == pytest.approx(100 * (.6 - bound.value[::-1]) / .4)
     assert leak.value[0] < priv_leak(auc(members, others), .6) < leak.value[1]
-    assert "PrivLeak in percent at a reference AUC of 0.6 is between" in str(leak) and "n = 50–60" in str(leak)
+    assert "PrivLeak in percent at a reference AUC of 0.6 is between" in str(leak) and "n = 50 to 60" in str(leak)
     for bad in (-.1, .5), (.5, 1), (np.nan, .5):
         with pytest.raises(ValueError, match="must lie in"): priv_leak(*bad)
