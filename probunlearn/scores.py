@@ -216,19 +216,14 @@ def score_name(
     return _LABELS[key] + (", best of the accepted answers" if several else "")
 
 # %% ../nbs/1_records/06_scores.ipynb #2b2de77c
-def _check_keywords(score, qas):
-    "ValueError for key words asked of records that have none."
-    bare = [qa.id for qa in qas if not qa.keywords]
+def _check_records(score, qas):
+    "ValueError for records without what a score compares with: key words or a reference answer."
+    part, needs, advice = "answer", "a reference answer", ". Use key words, or a score or judge that needs none"
+    if score.startswith("keywords"): part, needs, advice = "keywords", "key words", ""
+    bare = [qa.id for qa in qas if not getattr(qa, part)]
     if bare:
-        raise ValueError(f"score {score!r} needs key words, but {len(bare)} of {len(qas)} records have none: "
-                         f"{', '.join(bare[:5])}")
-
-def _check_answers(score, qas):
-    "ValueError for a comparison with answers asked of records that have none."
-    bare = [qa.id for qa in qas if not qa.answer]
-    if bare:
-        raise ValueError(f"score {score!r} needs a reference answer, but {len(bare)} of {len(qas)} records have none: "
-                         f"{', '.join(bare[:5])}. Use key words, or a score or judge that needs none")
+        raise ValueError(f"score {score!r} needs {needs}, but {len(bare)} of {len(qas)} records have none: "
+                         f"{', '.join(bare[:5])}{advice}")
 
 def _is_dropped(text):
     "Whether ROUGE sees no word of a text, or less than half of its letters."
@@ -251,8 +246,7 @@ def check_score(
     "Look `score` up, and see that it can tell something about these records."
     if callable(score): return score
     score_name(score)
-    if score.startswith("keywords"): _check_keywords(score, qas)
-    else: _check_answers(score, qas)
+    _check_records(score, qas)
     if score.startswith("rouge") and not score.endswith("any_script"): _check_latin(score, qas)
     return SCORES[score]
 

@@ -1,8 +1,10 @@
 """Small models and tokenizers that the tests share: real architectures with random weights; nothing is downloaded."""
 import importlib.util
 import math
+import multiprocessing
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,14 @@ def site(tmp_path_factory):
     done = subprocess.run([sys.executable, script, out], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
+
+
+@pytest.fixture(scope="module")
+def nursery(request):
+    "Makes processes that can be killed; it imports the module and torch once for all of them, while other tests run."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([request.module.__name__])
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("PYTHONPATH", str(Path(__file__).parent))
+        forkserver.ensure_running()
+    return context

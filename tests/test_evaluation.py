@@ -1,12 +1,9 @@
 """Runs: the same from memory and from disk, killed and resumed, mixed up on purpose, refused before any work."""
-import multiprocessing
 import random
 import shutil
 import threading
 import time
 from dataclasses import replace
-from multiprocessing import forkserver
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +19,8 @@ from probunlearn.runs import read_run
 from probunlearn.training import UnlearnConfig, unlearn
 
 FOUR, KEPT = fictional_authors("forget01"), fictional_authors("retain90")[:2]
-LIVELY = Decoding(temperature=1.5, max_new_tokens=20)     # so that draws differ
+LIVELY = Decoding(temperature=1.5, max_new_tokens=20)       # so that draws differ
+pytestmark = pytest.mark.usefixtures("nursery")             # it imports torch while other tests run
 
 
 def ask(model, qas=FOUR[:2], **how):
@@ -41,17 +39,6 @@ def same(a, b): return [facts(d) for d in a] == [facts(d) for d in b]       # dr
 def files(folder, suffix=""):
     "Name → content of a folder's files."
     return {path.name: path.read_bytes() for path in sorted(folder.glob(f"*{suffix}"))}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nursery():
-    "Makes processes that can be killed; it imports torch once for all of them, while other tests run."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("PYTHONPATH", str(Path(__file__).parent))
-        forkserver.ensure_running()
-    return context
 
 
 @pytest.fixture

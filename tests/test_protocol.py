@@ -1,13 +1,10 @@
 """Whoever answers keeps one protocol: a model at hand, a server, one of our own. A server's run survives anything."""
 import json
-import multiprocessing
 import os
 import random
 import signal
 import time
 from collections import Counter
-from multiprocessing import forkserver
-from pathlib import Path
 
 import pytest
 
@@ -124,17 +121,6 @@ def ask(url, out):
     "What the killed processes do."
     e = Endpoint(url, "m", template=Template(), per_request=WIDTH, workers=WORKERS, timeout=20)
     evaluate(e, ASKED, N, out=out, progress=False)
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    "Makes processes that can be killed; it imports torch once for all of them."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("PYTHONPATH", str(Path(__file__).parent))
-        forkserver.ensure_running()
-    return context
 
 
 class Ledger:

@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from probunlearn import statement
 from probunlearn.data import QA, Template
 from probunlearn.draws import Decoding
 from probunlearn.evaluation import evaluate
@@ -123,7 +122,6 @@ def test_the_bare_prompt_is_often_answered_with_nothing(model):
     assert silent(bare.draw(CAPITALS, 32, one, progress=False)) > 40 > 4 > few
 
 
-@pytest.mark.skipif(not hasattr(statement, "silence"), reason="reports don't yet say first that answers are empty")
 def test_a_report_says_first_that_answers_are_empty(model):
     two, options = Decoding(max_new_tokens=2), dict(n=8, progress=False)
     bare = evaluate(model.replace(template=Template()), CAPITALS, decoding=two, **options)

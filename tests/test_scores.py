@@ -198,6 +198,6 @@ def test_a_score_is_checked_wherever_it_enters(name):
 def test_records_are_looked_at_once(monkeypatch):
     "Not again for every question of a list of draws."
     looked, qas = [], [replace(QUENBY, id=str(i)) for i in range(3)]
-    monkeypatch.setattr(scores, "_check_keywords", lambda score, qas: looked.append(len(qas)))
+    monkeypatch.setattr(scores, "_check_records", lambda score, qas: looked.append(len(qas)))
     assert score_draws([draws_from_texts(qa.id, ["Tessmark?", "No."]) for qa in qas], qas).tolist() == [[1, 0]] * 3
     assert looked == [3]
