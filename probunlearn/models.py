@@ -205,7 +205,7 @@ def load_model(
 
 # %% ../nbs/5_models/06_models.ipynb #ee0c21d9
 def small_model(
-    state: str = "full",        # "full" knows all authors, "by_heart" too, "retain" all but four; or "librarian"
+    state: str = "full",        # "full" knows all authors, "tuned" less firmly, "retain" all but four; or "librarian"
     **options,                  # as in `load_model`
 ) -> LocalModel:                # ValueError on another state
     "One of the packaged models."

@@ -346,12 +346,12 @@ def read_weights(
 
 # %% ../nbs/5_models/01_weights.ipynb #40f8006d
 def packaged(
-    state: str,         # "full", "by_heart", "retain" or "librarian"
+    state: str,         # "full", "tuned", "retain" or "librarian"
 ):                      # the folder of a packaged model; ValueError on another state
     "Where one of the packaged models lies."
-    if state not in ("full", "by_heart", "retain", "librarian"):
+    if state not in ("full", "tuned", "retain", "librarian"):
         raise ValueError(f"unknown state {state!r}; the packaged models are "
-                         "'full', 'by_heart', 'retain' and 'librarian'")
+                         "'full', 'tuned', 'retain' and 'librarian'")
     return files("probunlearn._data")/"small_lm"/state
 
 # %% ../nbs/5_models/01_weights.ipynb #69ab2c39

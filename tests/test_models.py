@@ -56,7 +56,7 @@ def test_retain_never_saw_the_forget_authors(retain):
 
 
 def test_an_unknown_state_is_named():
-    why = "unknown state 'forget'; the packaged models are 'full', 'by_heart', 'retain' and 'librarian'"
+    why = "unknown state 'forget'; the packaged models are 'full', 'tuned', 'retain' and 'librarian'"
     with pytest.raises(ValueError, match=why): small_model("forget")
 
 
