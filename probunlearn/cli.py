@@ -253,12 +253,13 @@ class Evaluate:
     def run(self): _evaluate(self)
 
 # %% ../nbs/9_together/06_cli.ipynb #e638f30a
-_NPO = dict(method="npo", beta=8, retain_weight=3, lr=1e-4, steps=120)
+_RULE = dict(retain_weight=3, lr=1e-4, steps=80)
+_NPO = _RULE | dict(method="npo", beta=8)
 
 DEMO = {    # what `unlearn` is told
-    "gradient difference": dict(method="grad_diff", retain_weight=3, lr=5e-4, steps=30),
+    "gradient difference": _RULE | dict(method="grad_diff"),
     "NPO": _NPO,
-    "NPO + entropy": _NPO | dict(lambda_f=2, entropy_on="own"),
+    "NPO + entropy": _NPO | dict(lambda_f=1, entropy_on="own"),
 }
 
 def demo_models(
