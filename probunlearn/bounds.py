@@ -15,7 +15,8 @@ import numpy as np
 from scipy import special
 from .checks import check_alpha, check_leak_at, chosen, whole
 from .bands import FLOORS, cdf_ceiling, cdf_floor, mean_ceiling, mean_floor, spread_ceiling, variance_floor
-from .means import betting, binomial_ceiling, hoeffding, hoeffding_bentkus, kl, maurer_pontil
+from .means import betting, binomial_ceiling, constant_stakes, ed_by_bets, hoeffding, hoeffding_bentkus
+from .means import kl, maurer_pontil, variance_by_bets
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #5a1f0c01
 def rounded(
@@ -289,70 +290,90 @@ def survival_bound(
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #6ef3d329
 # method → the function behind `mean_bound`; the methods in FLOORS go through a band
-MEANS = {"betting": betting, "hoeffding": hoeffding, "kl": kl, "hoeffding-bentkus": hoeffding_bentkus,
-         "maurer-pontil": maurer_pontil}
+MEANS = {"betting": betting, "constant-stakes": constant_stakes, "hoeffding": hoeffding, "kl": kl,
+         "hoeffding-bentkus": hoeffding_bentkus, "maurer-pontil": maurer_pontil}
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #b9703a16
 def _mean_ends(most, least, method):    # functions of alpha, from the largest and the smallest possible scores
     n = most.shape[1]
+    most, least = np.sort(most, 1), np.sort(least, 1)
     if method in MEANS:
         def above(table, a): return _blocks(lambda rows: MEANS[method](rows, a), table)
-        return lambda a: above(most, a), lambda a: 1 - above(1 - least, a)
-    return (lambda a: mean_ceiling(np.sort(most, 1), cdf_floor(n, a, method)),
-            lambda a: mean_floor(np.sort(least, 1), cdf_ceiling(n, a, method)))
+        return lambda a: above(most, a), lambda a: 1 - above(1 - least[:, ::-1], a)
+    return (lambda a: mean_ceiling(most, cdf_floor(n, a, method)),
+            lambda a: mean_floor(least, cdf_ceiling(n, a, method)))
+
+def _coin_ends(most, least):            # the same for scores that are 0 or 1 by definition
+    for table in most, least:
+        if not ((table == 0) | (table == 1)).all():
+            raise ValueError("binary=True needs scores that are 0 or 1, and can't be anything else")
+    n, high, low = most.shape[1], most.sum(1), least.sum(1)
+    return lambda a: binomial_ceiling(high, n, a), lambda a: _rate_floor(low, n, a)
 
 def mean_bound(
-    x,                          # (n,) or (questions, n) scores in [0, 1], in the order they were drawn
+    x,                          # (n,) or (questions, n) scores in [0, 1], in any order
     alpha: float = 0.01,        # chance that this claim is wrong
     side: str = "upper",        # "upper", "lower" or "two-sided"
     *,
     method: str = "betting",    # a name in `MEANS` or `FLOORS`
     missing: str = "error",     # "worst": NaN counts as 1 in an upper bound, as 0 in a lower one
+    binary: bool = False,       # scores are 0 or 1 by definition (not: by chance), so the ends of betting become exact
 ) -> Bound:                     # of shape (questions,); ValueError on bad input
     "Bound on the mean score (Waudby-Smith and Ramdas 2024; bands: Anderson 1969; see notebook means)."
     table = as_scores(x, missing)
     chosen("method", method, [*MEANS, *FLOORS])
     most, least = np.nan_to_num(table, nan=1), np.nan_to_num(table, nan=0)
-    value = on_side(side, alpha, *_mean_ends(most, least, method))
-    return Bound(_like(x, value), alpha, side, method, n=table.shape[1])
+    exact = binary and method == "betting"
+    value = on_side(side, alpha, *(_coin_ends(most, least) if exact else _mean_ends(most, least, method)))
+    return Bound(_like(x, value), alpha, side, "clopper-pearson" if exact else method, n=table.shape[1])
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #03d45786
 def _band(n, alpha, method):            # floor and ceiling that hold together
     check_alpha(alpha)
-    chosen("method", method, FLOORS)
     return cdf_floor(n, alpha / 2, method), cdf_ceiling(n, alpha / 2, method)
 
 def _spread(table, band, k):            # (Q,) mean and (Q,) variance of the most spread-out fit
     low, high = (np.sort(np.nan_to_num(table, nan=v), 1) for v in (0, 1))
     return _blocks(lambda a, b: np.stack(spread_ceiling(a, b, *band, k), 1), low, high, size=2**20).T
 
+# %% ../nbs/2_bounds/03_bounds.ipynb #90a3b030
+def _variance_ends(table, method):      # functions of alpha, and the name of what gives each
+    n, lower = table.shape[1], "bj" if method == "betting" else method
+    def above(a):
+        if method == "betting": return _blocks(lambda rows: variance_by_bets(rows, a), table)
+        return _spread(table, _band(n, a, method), np.inf)[1]
+    def below(a):
+        band = _band(n, a, lower)
+        return _blocks(lambda rows: variance_floor(rows, *band), np.sort(table, 1))
+    return above, below, dict(upper=method, lower=lower)
+
 # %% ../nbs/2_bounds/03_bounds.ipynb #333691ef
 def variance_bound(
     x,                          # (n,) or (questions, n) scores in [0, 1]
-    alpha: float = 0.01,        # chance that this claim is wrong, on either side: one band serves both
+    alpha: float = 0.01,        # chance that this claim is wrong, on either side
     side: str = "upper",        # "upper", "lower" or "two-sided"
     *,
-    method: str = "bj",         # a name in `FLOORS`
+    method: str = "betting",    # or a name in `FLOORS`: one band serves both sides
     missing: str = "error",     # "worst": NaN may be any score (upper bound only)
 ) -> Bound:                     # of shape (questions,)
-    "Bound on the variance of a score: the exact optimum over a band (Stoye 2010 over Berk and Jones 1979 or DKW)."
+    "Bound on the variance of a score (Waudby-Smith and Ramdas 2024; over a band the exact optimum, Stoye 2010)."
     table = as_scores(x, missing)
-    n = table.shape[1]
-    band = _band(n, alpha, method)
+    chosen("method", method, ["betting", *FLOORS])
     if side != "upper" and np.isnan(table).any():
         raise ValueError("a lower bound on the spread needs every score; missing draws are allowed with side='upper'")
-    def upper(_): return _spread(table, band, np.inf)[1]
-    def lower(_): return _blocks(lambda rows: variance_floor(rows, *band), np.sort(table, 1))
-    value = on_side(side, alpha, upper, lower)
-    return Bound(_like(x, value), alpha, side, method, n=n, quantity="the variance of the score")
+    above, below, how = _variance_ends(table, method)
+    both = side == "two-sided" and method != "betting"              # a band's two sides hold together
+    value = on_side(side, alpha, *((lambda a, end=end: end(alpha if both else a)) for end in (above, below)))
+    how = how.get(side, method if both else "betting, lower end bj")
+    return Bound(_like(x, value), alpha, side, how, n=table.shape[1], quantity="the variance of the score")
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #5caded27
 def std_bound(
     x,                          # (n,) or (questions, n) scores in [0, 1]
-    alpha: float = 0.01,        # chance that this claim is wrong, on either side: one band serves both
+    alpha: float = 0.01,        # chance that this claim is wrong, on either side
     side: str = "upper",        # "upper", "lower" or "two-sided"
     *,
-    method: str = "bj",         # a name in `FLOORS`
+    method: str = "betting",    # or a name in `FLOORS`: one band serves both sides
     missing: str = "error",     # "worst": NaN may be any score (upper bound only)
 ) -> Bound:                     # of shape (questions,)
     "Bound on the standard deviation of a score: the root of `variance_bound`."
@@ -360,21 +381,27 @@ def std_bound(
     return replace(bound, value=np.sqrt(bound.value), quantity="the standard deviation of the score")
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #aeb22efb
+def _largest_ed(table, alpha, k, method):       # (Q,)
+    check_alpha(alpha)
+    if method == "betting": return _blocks(lambda rows: ed_by_bets(rows, alpha, k), table)
+    mean, variance = _spread(table, _band(table.shape[1], alpha, method), k)
+    return mean + k * np.sqrt(variance)
+
 def ed_bound(
     x,                          # (n,) or (questions, n) scores in [0, 1]
     alpha: float = 0.01,        # chance that this claim is wrong
     *,
     k: float = 2.0,             # weight of the standard deviation, above 0
-    method: str = "bj",         # a name in `FLOORS`
+    method: str = "betting",    # or a name in `FLOORS`
     missing: str = "error",     # "worst": NaN may be any score
 ) -> Bound:                     # of shape (questions,)
-    "Upper bound on mean + k * std: the exact joint optimum over a band (Stoye 2010 over Berk and Jones 1979 or DKW)."
+    "Upper bound on mean + k * std (Waudby-Smith and Ramdas 2024; over a band the joint optimum, Stoye 2010)."
     if not k > 0: raise ValueError(f"k must be above 0, got {k}")
     table = as_scores(x, missing)
-    n = table.shape[1]
-    mean, variance = _spread(table, _band(n, alpha, method), k)
-    value = _like(x, mean + k * np.sqrt(variance))
-    return Bound(value, alpha, "upper", method, n=n, quantity=f"the mean score plus {k:g} standard deviations")
+    chosen("method", method, ["betting", *FLOORS])
+    value = _like(x, _largest_ed(table, alpha, k, method))
+    what = f"the mean score plus {k:g} standard deviations"
+    return Bound(value, alpha, "upper", method, n=table.shape[1], quantity=what)
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #1690ee72
 def jointly(

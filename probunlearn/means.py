@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../nbs/2_bounds/02_means.ipynb #69b650dc
+from functools import lru_cache
+import math
 import numpy as np
 from scipy import special
 
@@ -58,7 +60,8 @@ def hoeffding_bentkus(
     alpha: float,       # chance that a row's bound is too small
 ) -> np.ndarray:        # (Q,)
     "Smaller of the KL bound and Bentkus' binomial bound (Bentkus 2004; Bates et al. 2021)."
-    return np.minimum(kl(x, alpha), binomial_ceiling(np.ceil(x.sum(1)), x.shape[1], alpha / np.e))
+    total = np.array([math.fsum(row) for row in x])         # rounded once, so ten times 0.1 is 1 in any order
+    return np.minimum(kl(x, alpha), binomial_ceiling(np.ceil(total), x.shape[1], alpha / np.e))
 
 # %% ../nbs/2_bounds/02_means.ipynb #f56852b9
 def maurer_pontil(
@@ -91,13 +94,189 @@ def log_wealth(
     with np.errstate(divide="ignore"): money = np.minimum(stake, 0.75 / (1 - m)) * (m - x)
     return np.cumsum(np.log1p(money, out=money), 1, out=money)
 
-# %% ../nbs/2_bounds/02_means.ipynb #9347d10e
+# %% ../nbs/2_bounds/02_means.ipynb #24999e4d
+def cautious_stake(
+    x: np.ndarray,      # (Q, n) numbers in [0, 1], in the order of the bets
+    alpha: float,       # chance that a row's bound is too small
+) -> np.ndarray:        # (Q, n) what to stake before each bet
+    "The stake tuned to this n and the variance so far (Waudby-Smith and Ramdas 2024, section 4.1)."
+    return np.sqrt(-2 * np.log(alpha) / (x.shape[1] * past_variance(x)))
+
+# %% ../nbs/2_bounds/02_means.ipynb #6e567202
+@lru_cache(maxsize=64)
+def even_order(
+    n: int,             # draws
+    start: float,       # how far down the order, from 0 to 1, the largest score stands
+) -> np.ndarray:        # (n,) which of n sorted scores comes at each place
+    "An order of sorted scores that spreads the largest ones, and the smallest ones, evenly."
+    rank = np.arange(n)
+    place = (start + np.minimum(rank, n - 1 - rank) * (2**0.5 - 1)) % 1
+    return np.argsort(np.where(2 * rank >= n, place, 1 - place), kind="stable")
+
+def first_place(alpha): # of the largest score; coins were checked for it, see below
+    return 0.75 if 0.001 <= alpha <= 0.05 else 0.25
+
+def dealt(
+    x: np.ndarray,      # (Q, n) scores in whatever order; NaN counts as the largest
+    alpha: float,       # chance that a row's bound is too small
+) -> np.ndarray:        # (Q, n)
+    "The scores of each row in an even order, which depends on n and alpha only."
+    return np.sort(x, 1)[:, even_order(x.shape[1], first_place(alpha))]
+
+# %% ../nbs/2_bounds/02_means.ipynb #11873afc
+def coin_stake(
+    m: np.ndarray,      # means to bet against, in (0, 1)
+    enough: float,      # ln(1 / alpha) / n
+) -> np.ndarray:        # same shape
+    "The best stake against a mean of m if the scores are 0 or 1: towards p < m with kl(p, m) = enough."
+    low, high = np.zeros_like(m), m
+    for _ in range(30):
+        p = (low + high) / 2
+        far = special.rel_entr(p, m) + special.rel_entr(1 - p, 1 - m) > enough
+        low, high = np.where(far, p, low), np.where(far, high, p)
+    return (m - low) / (m * (1 - m))
+
+def wealth(
+    x: np.ndarray,      # (Q, n) numbers in [0, 1], in the order of the bets
+    m: np.ndarray,      # (Q, 1) mean to bet against
+    stakes: list,       # a table (Q, n) or (Q, 1) per player
+) -> np.ndarray:        # (Q, n) money after each bet
+    "What players own who share one unit of money and bet that the mean is below m."
+    lead = m - x
+    total = 0
+    for stake in stakes:
+        growth = stake * lead
+        growth += 1
+        with np.errstate(over="ignore"): total += np.cumprod(growth, 1, out=growth)
+    return total / len(stakes)
+
+# %% ../nbs/2_bounds/02_means.ipynb #36501bc1
+def _next_try(low, high, i):            # (Q,) where to look next: near the one end known, on the chord, or in the middle
+    (a, f), (b, g) = low, high
+    with np.errstate(all="ignore"): chord = b - g * (b - a) / (g - f)
+    chord = np.where(np.isinf(g), 1.2 * a, np.where(np.isinf(f), b / 1.2, chord))
+    inside = (chord > a) & (chord < b) & (i % 6 < 5)
+    step = np.minimum((b - a) / 4, 2.0**-30)
+    return np.where(inside, np.clip(chord, a + step, b - step), (a + b) / 2)
+
+def border(
+    gain,               # function (m, rows) -> log money of those rows against m, minus ln(1/alpha); rises with m
+    guess: np.ndarray,  # (Q,) where to look first, in (0, 1)
+    width: float = 2.0**-28,    # how far at most above a value that isn't refuted
+) -> np.ndarray:        # (Q,) refuted; 1 where nothing is refuted
+    "Border of the refuted means, from above, by chords; as `first_refuted`, with fewer looks."
+    a, b, f, g = np.zeros(len(guess)), np.ones(len(guess)), np.full(len(guess), -np.inf), np.full(len(guess), np.inf)
+    rows, m, side = np.arange(len(guess)), guess, np.zeros(len(guess))
+    for i in range(200):
+        found = gain(m, rows if len(rows) < len(guess) else slice(None))
+        out = found >= 0
+        f[rows] = np.where(out, np.where(side[rows] > 0, f[rows] / 2, f[rows]), found)      # the end that stays for
+        g[rows] = np.where(out, found, np.where(side[rows] < 0, g[rows] / 2, g[rows]))      # long counts less
+        a[rows], b[rows], side[rows] = np.where(out, a[rows], m), np.where(out, m, b[rows]), np.where(out, 1, -1)
+        rows = rows[b[rows] - a[rows] > width]
+        if not len(rows): break
+        m = _next_try((a[rows], f[rows]), (b[rows], g[rows]), i)
+    return b
+
+# %% ../nbs/2_bounds/02_means.ipynb #0036f6ce
+def log_most(
+    x: np.ndarray,      # (Q, n) numbers in the order of the bets
+    m: np.ndarray,      # (Q, 1) mean to bet against
+    stakes: list,       # a table (Q, n) or (Q, 1) per player
+) -> np.ndarray:        # (Q,)
+    "Logarithm of the most money that players ever own."
+    most = wealth(x, m, stakes).max(1)
+    with np.errstate(divide="ignore"): return np.log(most)
+
+def bets_in_order(
+    x: np.ndarray,      # (Q, n) numbers in [0, 1], in the order of the bets
+    alpha: float,       # chance that a row's bound is too small
+    *,
+    caps: tuple = (0.75,),      # what a cautious player stakes at most, one player per cap
+    coin: bool = True,          # one more player, who takes the scores for a coin
+) -> np.ndarray:        # (Q,)
+    "Largest mean that players don't refute (Waudby-Smith and Ramdas 2024, theorem 3; a mixture of their bets)."
+    stake = cautious_stake(x, alpha)
+    enough = -np.log(alpha) / x.shape[1]
+    def gain(m, rows):
+        m = m[:, None]
+        stakes = [np.minimum(stake[rows], cap / (1 - m)) for cap in caps]
+        if coin: stakes.append(coin_stake(m, enough))
+        return log_most(x[rows], m, stakes) + np.log(alpha)
+    guess = x.mean(1) + np.sqrt(2 * enough * x.var(1)) + enough
+    return border(gain, guess / (1 + guess))
+
 def betting(
-    x: np.ndarray,      # (Q, n) scores in [0, 1], in the order they were drawn
+    x: np.ndarray,      # (Q, n) scores in [0, 1], in whatever order
     alpha: float,       # chance that a row's bound is too small
 ) -> np.ndarray:        # (Q,)
-    "One-sided betting bound tuned to this n (Waudby-Smith and Ramdas 2024, theorem 3 and section 4.1)."
-    goal = -np.log(alpha)
-    stake = np.sqrt(2 * goal / (x.shape[1] * past_variance(x)))
-    def refuted(m): return log_wealth(x, m[:, None], stake).max(1) >= goal
+    "A coin player and a cautious one, in an even order (after Waudby-Smith and Ramdas 2024)."
+    return bets_in_order(dealt(x, alpha), alpha)
+
+# %% ../nbs/2_bounds/02_means.ipynb #abaca159
+def constant_stakes(
+    x: np.ndarray,      # (Q, n) scores in [0, 1], in whatever order
+    alpha: float,       # chance that a row's bound is too small
+) -> np.ndarray:        # (Q,)
+    "Three players whose stakes depend on m, n and alpha only (Ville 1939; Hoeffding 1963; a mixture)."
+    enough = -np.log(alpha) / x.shape[1]
+    def money(m, stake):
+        with np.errstate(divide="ignore"): return np.log1p(stake * (m - x)).sum(1)
+    def refuted(m):
+        m = m[:, None]
+        def player(share): return np.minimum(np.sqrt(2 * enough / (share * m * (1 - m))), 0.75 / (1 - m))
+        ends = [(0.5, coin_stake(m, enough)), (0.35, player(0.3)), (0.15, player(0.03))]
+        logs = [np.log(part) + money(m, stake) for part, stake in ends]
+        return np.logaddexp.reduce(logs) >= -np.log(alpha)
     return first_refuted(refuted, np.zeros(len(x)), steps=30)
+
+# %% ../nbs/2_bounds/02_means.ipynb #ac01ee8a
+def _known_and_earlier(x, alpha):   # dealt scores from the second on, and the average of those before each
+    x = dealt(x, alpha)
+    seen = np.nan_to_num(x, nan=0.5)
+    return x[:, 1:], np.cumsum(seen[:, :-1], 1) / np.arange(1, x.shape[1])
+
+def _distances(x, centre):          # squared distances; of a missing score the largest that it may have
+    far = np.maximum(centre, 1 - centre)
+    return np.where(np.isnan(x), far, x - centre)**2
+
+def variance_by_bets(
+    x: np.ndarray,      # (Q, n) scores in [0, 1], in whatever order; NaN may be any score
+    alpha: float,       # chance that a row's bound is too small
+) -> np.ndarray:        # (Q,) at most 1/4
+    "Upper bound on the variance: bets on squared distances from the average so far."
+    if x.shape[1] == 1: return np.full(len(x), 0.25)
+    later, centre = _known_and_earlier(x, alpha)
+    return np.minimum(bets_in_order(_distances(later, centre), alpha, caps=(0.97,)), 0.25)
+
+# %% ../nbs/2_bounds/02_means.ipynb #f9a2af40
+def _expected_spread(distances, enough):    # (Q, m) what a bound on the standard deviation will be, from earlier draws
+    past = np.cumsum(distances, 1)[:, :-1] / np.arange(1, distances.shape[1])
+    variance = np.c_[np.full(len(distances), 0.25), past]
+    return np.sqrt(variance + np.sqrt(variance * enough / 2) + enough)
+
+def _largest(centre, spread, k):            # of Y, as the score goes from 0 to 1: at one of the ends
+    return k / 2 * spread + np.maximum(k / 2 * centre**2 / spread, 1 + k / 2 * (1 - centre)**2 / spread)
+
+def ed_by_bets(
+    x: np.ndarray,      # (Q, n) scores in [0, 1], in whatever order; NaN may be any score
+    alpha: float,       # chance that a row's bound is too small
+    k: float,           # weight of the standard deviation, above 0
+) -> np.ndarray:        # (Q,) at most (1 + sqrt(1 + k^2)) / 2
+    "Upper bound on mean + k * std: bets on a score plus k / 2 times its scaled squared distance from the average so far."
+    most = (1 + np.sqrt(1 + k * k)) / 2
+    if x.shape[1] == 1: return np.full(len(x), most)
+    enough = -np.log(alpha) / x.shape[1]
+    later, centre = _known_and_earlier(x, alpha)
+    distances = _distances(later, centre)
+    spread = _expected_spread(distances, enough)
+    top = _largest(centre, spread, k)
+    y = np.where(np.isnan(later), top, later + k / 2 * (distances / spread + spread))
+    stake = cautious_stake(y / top, alpha) / top
+    def gain(share, rows):
+        m = most * share[:, None]
+        room = np.maximum(top[rows] - m, 1e-300)
+        stakes = [np.minimum(stake[rows], cap / room) for cap in (0.6, 0.95)]
+        return log_most(y[rows], m, stakes) + np.log(alpha)
+    guess = (y.mean(1) + np.sqrt(2 * enough * y.var(1)) + enough) / most
+    return most * border(gain, guess / (1 + guess))

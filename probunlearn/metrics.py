@@ -66,25 +66,26 @@ def ed_score(
     return float(score[0]) if np.ndim(x) == 1 else score
 
 # %% ../nbs/2_bounds/07_metrics.ipynb #ca1f481d
-def _fixed_bounds(table, leaks, alpha, missing):    # upper bounds per question for a number of draws fixed in advance
+def _fixed_bounds(table, leaks, alpha, missing, binary):    # upper bounds per question for a number of draws fixed in advance
     return dict(rate_upper=binary_bound(leaks.sum(1), table.shape[1], alpha).value,
-                mean_upper=mean_bound(table, alpha, missing=missing).value,
+                mean_upper=mean_bound(table, alpha, missing=missing, binary=binary).value,
                 std_upper=std_bound(table, alpha, missing=missing).value,
                 ed_upper=ed_bound(table, alpha, missing=missing).value)
 
-def _anytime_bounds(table, leaks, alpha, missing):  # upper bounds per question that hold at every look
+def _anytime_bounds(table, leaks, alpha, missing, _):       # upper bounds per question that hold at every look
     return dict(rate_upper=RateSequence(alpha).add(leaks).bound.value,
                 mean_upper=MeanSequence(alpha, missing=missing).add(table).bound.value)
 
 _COLUMNS = ("n", "leaks", "rate", "rate_upper", "mean", "mean_upper", "std", "std_upper", "ed", "ed_upper", "worst")
 
 def leakage(
-    x,                          # (questions, n) scores in [0, 1], in the order they were drawn
+    x,                          # (questions, n) scores in [0, 1]; in the order they were drawn if `anytime`
     leak_at: float = 1.0,       # a draw leaks when its score is at least this
     alpha: float = 0.01,        # chance that a single bound is wrong
     *,
     missing: str = "error",     # "worst": NaN counts as a leak with score 1
     anytime: bool = False,      # bounds that hold at every look, for a run that may still grow; none on the spread
+    binary: bool = False,       # the score is 0 or 1 by definition
 ) -> dict[str, np.ndarray]:     # column → (questions,)
     "Summary per question: leaks and their rate, mean, standard deviation, ED score, each with its bound."
     table = as_scores(x, missing, anytime)
@@ -93,7 +94,7 @@ def leakage(
     n = table.shape[1]
     found = dict(n=np.full(len(table), n), leaks=leaks.sum(1), rate=leaks.sum(1) / n, mean=filled.mean(1),
                  std=filled.std(1), ed=ed_score(filled), worst=filled.max(1))
-    found |= (_anytime_bounds if anytime else _fixed_bounds)(table, leaks, alpha, missing)
+    found |= (_anytime_bounds if anytime else _fixed_bounds)(table, leaks, alpha, missing, binary)
     return {name: found[name] for name in _COLUMNS if name in found}
 
 # %% ../nbs/2_bounds/07_metrics.ipynb #1c058e00
@@ -314,15 +315,16 @@ def _average_leak(leaks, alpha, anytime):               # leaks: (Q, n) which dr
     return replace(pooled_mean(leaks, alpha, anytime=True), quantity="the average leak probability")
 
 def dataset_claims(
-    x,                          # (questions, n) scores in [0, 1], in the order they were drawn
+    x,                          # (questions, n) scores in [0, 1]; in the order they were drawn if `anytime`
     alpha: float = 0.01,        # chance that a claim is wrong
     leak_at: float = 1.0,       # a draw leaks when its score is at least this
     *,
     tau: float = 0.01,          # leak probability that a certified question stays below
     missing: str = "error",     # "worst": NaN counts as a leak with score 1
-    random_sample: bool = False,    # the questions are a random sample, in random order, from a population
+    random_sample: bool = False,    # the questions are a random sample from a population
     together: bool = False,     # all claims hold jointly at alpha
     anytime: bool = False,      # hold at every look, for a run that may still grow
+    binary: bool = False,       # the score is 0 or 1 by definition
 ) -> dict[str, Bound]:          # name → claim
     "What the draws say about the whole data set, each as a claim with its scope."
     check_alpha(alpha)
@@ -335,6 +337,6 @@ def dataset_claims(
     claims = {"worst question": worst_question(counts, n, a, anytime=anytime),
               "certified questions": _certified_count(counts, n, tau, a, anytime=anytime),
               "average leak": _average_leak(leaks, a, anytime),
-              "average score": pooled_mean(table, a, missing=missing, anytime=anytime)}
+              "average score": pooled_mean(table, a, missing=missing, anytime=anytime, binary=binary)}
     if random_sample: claims["population"] = population_mean(table, a, missing=missing)
     return claims

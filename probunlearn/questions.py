@@ -10,8 +10,9 @@ from dataclasses import replace
 import numpy as np
 from scipy import special
 from .checks import check_alpha, chosen
-from .means import binomial_ceiling, first_refuted, kl, log_wealth
-from .bounds import Bound, _numbers, as_scores, binary_bound, check_counts, check_fixed, draws_each
+from .means import betting, bets_in_order, binomial_ceiling, border, coin_stake, dealt, even_order
+from .means import first_place, first_refuted, kl, log_wealth
+from .bounds import Bound, _blocks, _coin_ends, _like, _numbers, as_scores, binary_bound, check_counts, check_fixed, draws_each
 from .bounds import jointly, mean_bound, on_side
 from .sequential import rate_ends, rate_evidence
 
@@ -99,41 +100,80 @@ def _round_stake(x, goal, anytime):     # (1, n) one stake per round, from the r
     spread = len(x) * past * rounds * np.log1p(rounds) if anytime else x.size * past
     return np.sqrt(2 * goal / spread)[None]
 
+def _dealt_rows(x, alpha):              # questions in canonical order, each dealt evenly, from a place of its own
+    rows = np.sort(x, 1) + 0.0
+    rows = rows[np.lexsort(rows.T[::-1])]
+    starts = (first_place(alpha) + np.arange(len(rows)) * (5**0.5 - 1) / 2) % 1
+    return np.array([row[even_order(x.shape[1], start)] for row, start in zip(rows, starts.tolist())])
+
+def _round_players(x, goal, caps, coin):    # functions of m: the log money of each player after each round
+    stake = _round_stake(x, goal, False)
+    some = np.arange(0, len(x), 32)                     # factors multiplied before a logarithm is taken
+    lead = np.empty_like(x)
+    def log_money(m, stake):
+        growth = np.subtract(m, x, out=lead)
+        growth *= stake
+        growth += 1
+        with np.errstate(divide="ignore"): return np.cumsum(np.log(np.multiply.reduceat(growth, some, 0)).sum(0))
+    players = [lambda m, cap=cap: log_money(m, np.minimum(stake, cap / (1 - m))) for cap in caps]
+    if coin: players.append(lambda m: log_money(m, coin_stake(m, goal / x.size)))
+    return players
+
 def stratified_betting(
-    x: np.ndarray,              # (Q, n) scores in [0, 1], in the order they were drawn
+    x: np.ndarray,              # (Q, n) scores in [0, 1]; in the order they were drawn if `anytime`
     alpha: float,               # chance that the bound is too small
     anytime: bool = False,      # stakes that need no planned n: the chance of being ever too small
+    *,
+    caps: tuple = (0.75,),      # what a cautious player stakes at most, one player per cap
+    coin: bool = True,          # one more player, who takes the scores for a coin
 ) -> float:                     # upper bound on the average of the questions' means
     "One round of bets per draw, with one stake for all questions (after Waudby-Smith and Ramdas 2024; Ville 1939)."
     goal = -np.log(alpha)
-    stake = _round_stake(x, goal, anytime)
-    def refuted(m): return np.array([log_wealth(x, m, stake).sum(0).max() >= goal])
-    return float(first_refuted(refuted, np.zeros(1))[0])
+    if anytime:
+        stake = _round_stake(x, goal, anytime)
+        def refuted(m): return np.array([log_wealth(x, m, stake).sum(0).max() >= goal])
+        return float(first_refuted(refuted, np.zeros(1))[0])
+    players = _round_players(_dealt_rows(x, alpha), goal, caps, coin)
+    def gain(m, _):
+        logs = [player(m[:, None]) for player in players]
+        return np.array([np.logaddexp.reduce(logs).max() - np.log(len(logs)) - goal])
+    guess = x.mean() + np.sqrt(2 * goal / x.size * x.var()) + goal / x.size
+    return float(border(gain, np.array([guess / (1 + guess)]))[0])
 
 # %% ../nbs/2_bounds/05_questions.ipynb #0ddc07c2
+def _pooled_ends(table, method, anytime, binary):   # functions of alpha for the average over all draws
+    most, least = np.nan_to_num(table, nan=1), np.nan_to_num(table, nan=0)
+    def above(rows, a):
+        if method == "betting": return stratified_betting(rows, a, anytime)
+        return float(kl(np.sort(rows, None)[None], a)[0])
+    if not binary: return lambda a: above(most, a), lambda a: 1 - above(1 - least, a)
+    _coin_ends(most, least)                         # 0 or 1?
+    n = table.shape[1]
+    return (lambda a: float(pooled_rate(most.sum(1), n, a)),
+            lambda a: 1 - float(pooled_rate(n - least.sum(1), n, a)))
+
 def pooled_mean(
-    x,                          # (Q, n) scores in [0, 1], in the order they were drawn
+    x,                          # (Q, n) scores in [0, 1], in any order; in the order they were drawn if `anytime`
     alpha: float = 0.01,        # chance that the claim is wrong
     side: str = "upper",        # "upper", "lower" or "two-sided"
     *,
     method: str = "betting",    # "betting" or "kl"
     missing: str = "error",     # "worst": NaN counts as 1 in an upper bound, as 0 in a lower one
     anytime: bool = False,      # hold at every look, for a run that may still grow (betting only)
+    binary: bool = False,       # scores are 0 or 1 by definition, so the ends of fixed-n betting become exact
 ) -> Bound:
     "Bound on the average score over a fixed set of questions (stratified betting; kl: Hoeffding 1963, theorem 1)."
     chosen("method", method, ["betting"] if anytime else ["betting", "kl"])
     table = as_scores(x, missing, anytime)
-    def above(rows, a):
-        return stratified_betting(rows, a, anytime) if method == "betting" else float(kl(rows.reshape(1, -1), a)[0])
-    value = on_side(side, alpha, lambda a: above(np.nan_to_num(table, nan=1), a),
-                    lambda a: 1 - above(1 - np.nan_to_num(table, nan=0), a))
-    how = "stratified betting" if method == "betting" else "pooled kl"
+    exact = binary and method == "betting" and not anytime
+    value = on_side(side, alpha, *_pooled_ends(table, method, anytime, exact))
+    how = "pooled clopper-pearson" if exact else "stratified betting" if method == "betting" else "pooled kl"
     return Bound(value, alpha, side, how, n=table.shape[1], quantity="the average score",
                  scope=f"over this fixed set of {len(table)} questions", sampling="anytime" if anytime else "fixed-n")
 
 # %% ../nbs/2_bounds/05_questions.ipynb #a74b68ca
 def population_mean(
-    x,                          # (Q, draws) scores in [0, 1]; the questions are a random sample, in random order
+    x,                          # (Q, draws) scores in [0, 1]; the questions are a random sample, in any order
     alpha: float = 0.01,        # chance that the claim is wrong
     side: str = "upper",        # "upper", "lower" or "two-sided"
     *,
@@ -187,20 +227,39 @@ def phrasings_bound(
                  scope=_phrasings_scope(table.shape, phrasings, pooled))
 
 # %% ../nbs/2_bounds/05_questions.ipynb #aeb83604
+def _apart(a, b):                       # half differences of scores without pairs: ranks are paired evenly
+    mixed = np.argsort(np.arange(a.shape[1]) * ((5**0.5 - 1) / 2) % 1, kind="stable")
+    return (1 + np.sort(a, 1) - np.sort(b, 1)[:, mixed]) / 2
+
+def _above_half(half, alpha, pooled):   # (Q,) or a number: upper bound on the mean of half differences
+    bold = dict(caps=(0.75, 0.97), coin=False)          # scores near 1/2 are no coins
+    if pooled: return stratified_betting(half, alpha, **bold)
+    return _blocks(lambda rows: bets_in_order(dealt(rows, alpha), alpha, **bold), half)
+
+def _difference_ends(tables, pooled):   # functions of alpha that hold for each of the tables
+    def upper(a): return np.max([_above_half(np.nan_to_num(half, nan=1), a, pooled) for half in tables], 0)
+    def lower(a): return np.min([1 - _above_half(1 - np.nan_to_num(half, nan=0), a, pooled) for half in tables], 0)
+    return lambda a: 2 * upper(a) - 1, lambda a: 2 * lower(a) - 1
+
 def difference_bound(
     a,                          # (n,) or (Q, n) scores of one model
-    b,                          # same shape: scores of the other, draw i paired with draw i
+    b,                          # same shape: scores of the other
     alpha: float = 0.01,        # chance that the claim is wrong
     side: str = "two-sided",    # "two-sided", "upper" or "lower"
     *,
     pooled: bool = False,       # one bound on the average over the questions instead of one per question
+    paired: bool = None,        # True: draw i of both from one stream; False: from separate ones; None: hold either way
     missing: str = "error",     # "worst": a pair with NaN counts as whatever widens the bound most
 ) -> Bound:                     # in [-1, 1]; below 0 the first model leaks less; ValueError for unequal shapes
     "Bound on the mean score of one model minus that of another (betting: Waudby-Smith and Ramdas 2024)."
     if np.shape(a) != np.shape(b):
         raise ValueError(f"both models need the same questions and draws, got shapes {np.shape(a)} and {np.shape(b)}")
-    half = (1 + as_scores(a, missing) - as_scores(b, missing)) / 2
-    if np.ndim(a) == 1 and not pooled: half = half[0]
-    bound = (pooled_mean if pooled else mean_bound)(half, alpha, side, missing=missing)
+    first, second = as_scores(a, missing), as_scores(b, missing)
+    tables = []
+    if paired is not False: tables.append((1 + first - second) / 2)
+    if not paired: tables.append(_apart(first, second))
+    value = on_side(side, alpha, *_difference_ends(tables, pooled))
     what = "the mean score of the first model minus that of the second"
-    return replace(bound, value=2 * bound.value - 1, quantity=what)
+    scope = f"over this fixed set of {len(first)} questions" if pooled else "per question"
+    return Bound(value if pooled else _like(a, value), alpha, side, "stratified betting" if pooled else "betting",
+                 n=first.shape[1], quantity=what, scope=scope)

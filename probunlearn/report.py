@@ -22,7 +22,7 @@ from .files import replacing, write_text
 from .metrics import dataset_claims, diversity, leakage, seen_mass_bounds
 from .page import html_page, in_notebook, picture, prompt_of, way
 from .plots import method_board, score_density
-from .scores import check_score, score_answers, score_draws, score_name
+from .scores import check_score, is_binary, score_answers, score_draws, score_name
 from .sequential import RateSequence, looked
 from .statement import board_body, board_card, board_lead, card, lead, report_body, silence
 
@@ -111,7 +111,7 @@ def _paid(bound, looks, models):
 
 def _claims(report):
     "The guaranteed statements by name, before they are paid for."
-    how = dict(leak_at=report.leak_at, missing="worst", anytime=report.anytime)
+    how = dict(leak_at=report.leak_at, missing="worst", anytime=report.anytime, binary=is_binary(report.score))
     return dataset_claims(report.x, alpha=report.alpha, **how)
 
 def _bounds(report):
@@ -143,7 +143,8 @@ def _numbers(report):
     x, alpha = report.x, report.alpha
     if report.anytime: lower = RateSequence(alpha, "lower").add(report.leaks * 1.).bound.value
     else: lower = binary_bound(report.leaks.sum(1), x.shape[1], alpha=alpha, side="lower").value
-    found = leakage(x, leak_at=report.leak_at, alpha=alpha, missing="worst", anytime=report.anytime)
+    found = leakage(x, leak_at=report.leak_at, alpha=alpha, missing="worst", anytime=report.anytime,
+                    binary=is_binary(report.score))
     return found | dict(rate_lower=lower)
 
 def _frame(report):

@@ -215,6 +215,16 @@ def score_name(
     several = not key.startswith("keywords") and any(qa.alternatives for qa in qas)
     return _LABELS[key] + (", best of the accepted answers" if several else "")
 
+# %% ../nbs/1_records/06_scores.ipynb #8624b85b
+_BINARY = {"exact_match", "keywords_any", "keywords_all"}
+
+def is_binary(
+    score: str | Callable,      # a name in `SCORES`, or a function (answer, qa) -> float
+) -> bool:                      # a function of your own says so by an attribute: `score.binary = True`
+    "Can this score be nothing but 0 or 1, by its definition?"
+    key = _score_key(score)
+    return bool(getattr(score, "binary", False)) if key is None else key in _BINARY
+
 # %% ../nbs/1_records/06_scores.ipynb #2b2de77c
 def _check_records(score, qas):
     "ValueError for records without what a score compares with: key words or a reference answer."

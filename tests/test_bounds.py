@@ -304,7 +304,7 @@ calls = {
     "got 'both'": lambda: mean_bound(x, side="both"),
     "'upper', 'lower', 'two-sided'": lambda: std_bound(x, side="both"),
     "got 'wald'": lambda: binary_bound(0, 5, method="wald"),
-    "'betting', 'hoeffding'": lambda: mean_bound(x, method="normal"),
+    "'betting', 'constant-stakes'": lambda: mean_bound(x, method="normal"),
     "'dkw', 'smirnov', 'bj'": lambda: std_bound(x, method="betting"),
     "one threshold": lambda: survival_bound(x, [.1, .2], method="clopper-pearson"),
     "at least 1, got 0": lambda: binary_bound(0, 0),
@@ -351,7 +351,7 @@ def test_import_is_light():
 
 def test_claims_say_what_they_rest_on():
     said = str(mean_bound(np.zeros(1024)))
-    for part in "mean score", "at most 0.006", "99 %", "α = 0.01", "n = 1,024", "fixed-n", "per question", "betting":
+    for part in "mean score", "at most 0.005", "99 %", "α = 0.01", "n = 1,024", "fixed-n", "per question", "betting":
         assert part in said
     many = jointly(mean_bound, np.zeros((3, 8)))
     assert "jointly for 3 questions" in str(many) and many.alpha == .01 and "<table>" in many._repr_html_()
