@@ -119,8 +119,14 @@ def _bounds(report):
     found = {}
     for name, bound in _claims(report).items():
         paid = _paid(bound, report.looks, report.models)
-        found[name] = replace(paid, scope=f"{paid.scope}, leak: {report.what_leaks}", decoding=report.decoding)
+        of = f"leak: {report.what_leaks}"
+        if bound.quantity == "the average score": of = f"score: {score_name(report.score, report.forget.qas)}"
+        found[name] = replace(paid, scope=f"{paid.scope}, {of}", decoding=report.decoding)
     return found
+
+def _says_something(bound):
+    "Whether a claim is more than anybody could say: \"at least 0\", \"at most 1\"."
+    return float(bound) > 0 if bound.side == "lower" else float(bound) < 1
 
 # %% ../nbs/4_reports/05_report.ipynb #a2e63988
 def _seen(report):
@@ -253,7 +259,8 @@ class Report:
     @property
     def claims(self):
         "What was seen, then what is guaranteed, in sentences."
-        return [*silence(self), _seen(self), *_lost(self), *map(str, self.bounds.values())]
+        guaranteed = [str(bound) for bound in self.bounds.values() if _says_something(bound)]
+        return [*silence(self), _seen(self), *_lost(self), *guaranteed]
     @cached_property
     def _table(self): return _frame(self)
 
@@ -437,7 +444,8 @@ class Board:
 
     def plot(self, ax=None):
         "Greedy, sampled and bounded leakage of each model beside what it keeps."
-        frame = self.to_frame().rename(columns=dict(rate="mean"))
+        frame = self.to_frame().drop(columns="retain", errors="ignore")
+        frame = frame.rename(columns=dict(rate="mean", retain_draws="retain"))      # what people get: draws
         return method_board(frame, reference=self.reference, score=f"P({self.reports[0].what_leaks})", ax=ax)
 
     def body(self, digest=""):
