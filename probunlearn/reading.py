@@ -14,7 +14,7 @@ from .bounds import leaked
 from .checks import whole
 from .questions import difference_bound
 from .report import Asked, Board, Report
-from .runs import Run, look, read_run
+from .runs import Run, look, other_reports, read_run
 from .scores import check_score, score_name
 from .sequential import looked
 
@@ -56,10 +56,12 @@ def report_run(
     forget, retain = _both(run, n, n_retain)
     for asked in filter(None, (forget, retain)): check_score(score, asked.qas)
     leaked([], leak_at)
-    parts, anytime = look(run, n, score=score_name(score), leak_at=leak_at, alpha=alpha)
+    what = dict(score=score_name(score), leak_at=leak_at, alpha=alpha)
+    parts, anytime = look(run, n, **what)
+    known = other_reports(run, dict(n=n, questions=len(forget.qas), parts=parts, anytime=anytime) | what)
     return Report(
         name, forget, retain, score=score, leak_at=leak_at, alpha=alpha / parts, looks=parts, anytime=anytime,
-        how=_provenance(run, n, forget, retain) | how)
+        known=known, how=_provenance(run, n, forget, retain) | how)
 
 # %% ../nbs/4_reports/06_reading.ipynb #96589a26
 def _check_pairs(report, first):

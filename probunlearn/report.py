@@ -24,7 +24,8 @@ from .page import html_page, in_notebook, picture, prompt_of, way
 from .plots import method_board, score_density
 from .scores import check_score, score_answers, score_draws, score_name
 from .sequential import RateSequence, looked
-from .statement import board_body, board_card, board_lead, card, lead, report_body, silence
+from .statement import board_body, board_card, board_lead, card, lead, ledger, one_of_several, report_body
+from .statement import silence
 
 # %% ../nbs/4_reports/05_report.ipynb #4e99ea38
 def _check_ids(asked):
@@ -121,7 +122,8 @@ def _bounds(report):
         paid = _paid(bound, report.looks, report.models)
         of = f"leak: {report.what_leaks}"
         if bound.quantity == "the average score": of = f"score: {score_name(report.score, report.forget.qas)}"
-        found[name] = replace(paid, scope=f"{paid.scope}, {of}", decoding=report.decoding)
+        scope = ", ".join([paid.scope, of, *one_of_several(report)])
+        found[name] = replace(paid, scope=scope, decoding=report.decoding)
     return found
 
 def _says_something(bound):
@@ -236,6 +238,7 @@ class Report:
     looks: int = 1                  # how often somebody looked at these draws, or planned to, and could have stopped
     models: int = 1                 # how many models this one was chosen from by what these draws say
     anytime: bool = False           # claims that hold at all times, for a run that grew after it was looked at
+    known: list = field(default_factory=list)   # other reports on the same model, questions and decoding, as runs tell
 
     def __post_init__(self):
         for asked in filter(None, (self.forget, self.retain)): check_score(self.score, asked.qas)
@@ -260,7 +263,7 @@ class Report:
     def claims(self):
         "What was seen, then what is guaranteed, in sentences."
         guaranteed = [str(bound) for bound in self.bounds.values() if _says_something(bound)]
-        return [*silence(self), _seen(self), *_lost(self), *guaranteed]
+        return [*silence(self), _seen(self), *_lost(self), *guaranteed, *ledger(self)]
     @cached_property
     def _table(self): return _frame(self)
 
@@ -304,6 +307,7 @@ SCHEMA = {  # what the JSON beside a report holds
     "looks": "how often somebody looked or planned to",
     "models": "how many models this one was chosen from",
     "anytime": "whether the claims hold at all times",
+    "known": "other reports on the same model, questions and decoding that the run knew of, each with the α of its claims",
     "summary": "the model in one row, shares from 0 to 1; null where there was nothing to measure",
     "bounds": "each claim as numbers: value, alpha, side, method, n, quantity, scope, sampling, decoding",
     "questions": "one record per forget question: texts (null where no answer came), counts, bounds, and all distinct "
@@ -344,6 +348,7 @@ def _as_report(report):
         "looks": report.looks,
         "models": report.models,
         "anytime": report.anytime,
+        "known": report.known,
         "summary": {name: None if np.isnan(value) else value for name, value in report.summary().items()},
         "bounds": {name: _plain(bound) for name, bound in report.bounds.items()},
         "questions": _questions(report),

@@ -18,7 +18,7 @@ from .data import Template
 from .page import drawing, filled, in_digits, percent, table
 from .plots import COLOURS, method_board, style
 from .questions import pooled_rate, stratified_betting, worst_question
-from .scores import score_answers
+from .scores import score_answers, score_name
 from .sequential import rate_ends
 
 # %% ../nbs/4_reports/03_statement.ipynb #a638aab7
@@ -42,6 +42,55 @@ def silence(
     return [f"{' and '.join(shown)}, so these bounds say little about what the model knows. Likely it was asked with "
             f"a prompt that it doesn't know ({asked}): a chat model is asked through its chat template, which "
             f"load_model(…) does where the tokenizer has one; --prompt or template= override it."]
+
+# %% ../nbs/4_reports/03_statement.ipynb #1bfa82d8
+def _known_alpha(report):
+    "α of this report's claims, and of the same claims in all reports that are known, together; planned looks share one."
+    own = report.alpha * report.models
+    total = max(own * report.looks, own + sum(there["alpha"] for there in report.known))
+    return min(1.0, float(f"{total:.12g}"))         # 0.01 six times is 0.06, whatever floating point makes of it
+
+def _unpaid(report):
+    "Whether other reports cost more than this one's claims have paid for."
+    paid = report.alpha * report.models * report.looks
+    return _known_alpha(report) > paid * (1 + 1e-9)
+
+def one_of_several(
+    report,
+) -> list:      # of one text, or none
+    "What a claim says about the other reports that are known."
+    if not _unpaid(report): return []
+    return [f"one of {len(report.known) + 1:,} known reports with α = {rounded(_known_alpha(report))} together"]
+
+# %% ../nbs/4_reports/03_statement.ipynb #c29d776e
+def _named(there):
+    "A report as the ledger names it."
+    if there.get("lost"): return "an earlier one that can't be excluded, since run.json was lost"
+    return (f"{there['n']:,} draws, {there['score']} ≥ {there['leak_at']:g}, seed {there['seed']}, "
+            f"{there['sampling']} at α = {rounded(there['alpha'])}")
+
+def _same_draws(report, there):
+    "Whether another report makes the same claims on draws of the same seed."
+    what = score_name(report.score), report.leak_at, report.how.get("seed", report.forget.draws[0].seed)
+    return there.get("lost") or (there["score"], there["leak_at"], there["seed"]) == what
+
+def ledger(
+    report,
+) -> list:      # sentences, none where this is the only report that is known
+    "What this report and those before it cost together, and what was paid for looks and choices."
+    said, total = [], rounded(_known_alpha(report))
+    before = [there for there in report.known if _same_draws(report, there)]
+    if report.anytime and report.looks > 1:
+        said.append(f"Each claim was computed at α / {report.looks:,}, which pays for the looks, and for the sets of questions "
+                    "that grew or were chosen, before this report.")
+    if not _unpaid(report): return said
+    listed = "; ".join(map(_named, report.known[:4])) + f"; and {len(report.known) - 4:,} more" * (len(report.known) > 4)
+    if len(before) == len(report.known):
+        return [*said, f"These draws were reported on before ({listed}): an earlier claim and the same claim here are wrong, "
+                f"one or the other, with probability at most {total}. A plan of looks before the first report shares one α."]
+    return [*said, f"{len(report.known) + 1:,} reports on this model, these questions and this decoding are known, this one and: "
+            f"{listed}. Each claim stands for itself; one that was picked among these reports is wrong with probability at "
+            f"most {total}."]
 
 # %% ../nbs/4_reports/03_statement.ipynb #8835ce13
 def _guaranteed(report):
@@ -384,7 +433,7 @@ def _board_legend(board):
     first = board.reports[0]
     draws = _of_rows(board, lambda r: f"{r.x.shape[1]:,}")
     decoding = _of_rows(board, lambda r: r.forget.way)
-    sure = _of_rows(board, lambda r: f"{r.confidence} (α = {rounded(r.alpha * r.looks * r.models)})")
+    sure = _of_rows(board, lambda r: f"{r.confidence}, α = {rounded(r.alpha * r.looks * r.models)}")
     return (f"Forget questions: {len(first.x)}; a leak is {first.what_leaks}. Draws of each question: {draws}. "
             f"Decoding: {decoding}. Each bound holds by itself with {sure}. {_LEGEND}")
 

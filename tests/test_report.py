@@ -520,7 +520,7 @@ def test_what_may_differ_between_rows_is_said_row_by_row():
     a, b = counted([0, 0], 64), replace(counted([0, 0], 16), name="b", models=4)
     text = text_of(Board([a, b]).body())
     assert "Draws of each question: 64 (m); 16 (b)." in text and f"Decoding: {DECODING}." in text
-    assert "confidence 99 % (m); confidence 96 % (b)." in text
+    assert "confidence 99 %, α = 0.01 (m); confidence 96 %, α = 0.04 (b)." in text
 
 
 def test_nothing_is_claimed_when_nothing_is_left_of_alpha():

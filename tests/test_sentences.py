@@ -52,7 +52,7 @@ def test_a_board_says_in_how_many_draws_models_leaked():
 def test_a_boards_card_carries_its_confidence_and_the_caveat_of_the_page():
     board = Board([Report("one", asked([1, 0]), alpha=.02), Report("two", asked([0, 0]), alpha=.02)])
     for text in (board.card().replace("\\", ""), re.sub(r"<[^>]+>", "", board.body())):
-        assert "Each bound holds by itself with confidence 98 % (α = 0.02)" in text
+        assert "Each bound holds by itself with confidence 98 %, α = 0.02." in text
         assert "has to be drawn again with a fresh seed before anything is claimed about it" in text
 
 
