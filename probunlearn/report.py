@@ -15,17 +15,19 @@ import json
 import numpy as np
 
 # %% ../nbs/4_reports/05_report.ipynb #35d01af1
+from . import __version__
 from .bounds import binary_bound, confidence, leaked
 from .checks import whole
 from .data import check_unique
+from .draws import draws_digest
 from .files import replacing, write_text
 from .metrics import dataset_claims, diversity, leakage, seen_mass_bounds
 from .page import html_page, in_notebook, picture, prompt_of, way
 from .plots import method_board, score_density
 from .scores import check_score, score_answers, score_draws, score_name
 from .sequential import RateSequence, looked
-from .statement import board_body, board_card, board_lead, card, lead, ledger, one_of_several, report_body
-from .statement import silence
+from .statement import board_body, board_card, board_lead, card, lead, ledger, one_of_several
+from .statement import report_body, silence
 
 # %% ../nbs/4_reports/05_report.ipynb #4e99ea38
 def _check_ids(asked):
@@ -297,6 +299,7 @@ class Report:
 # %% ../nbs/4_reports/05_report.ipynb #275ef46a
 SCHEMA = {  # what the JSON beside a report holds
     "schema": "probunlearn.report/1",
+    "version": "of the package that wrote it",
     "name": "the model, as tables call it",
     "lead": "the two main guarantees, and what they hold for",
     "claims": "all sentences, each with its scope",
@@ -307,11 +310,12 @@ SCHEMA = {  # what the JSON beside a report holds
     "looks": "how often somebody looked or planned to",
     "models": "how many models this one was chosen from",
     "anytime": "whether the claims hold at all times",
-    "known": "other reports on the same model, questions and decoding that the run knew of, each with the α of its claims",
+    "known": "other reports on the same model, questions and decoding, each with the α of its claims",
     "summary": "the model in one row, shares from 0 to 1; null where there was nothing to measure",
     "bounds": "each claim as numbers: value, alpha, side, method, n, quantity, scope, sampling, decoding",
     "questions": "one record per forget question: texts (null where no answer came), counts, bounds, and all distinct "
                  "answers with draws, natural log-probability and score",
+    "draws": "SHA-256 of all draws and greedy answers, in their order",
     "how": "provenance: fingerprints, decoding, seed, versions, command",
 }
 
@@ -330,6 +334,11 @@ def _questions(report):
         record["answers"] = _answers(draws, qa, report.score)
     return records
 
+def _digest(report):
+    "A hash of everything that the report was made from."
+    asked = filter(None, (report.forget, report.retain))
+    return draws_digest([d for each in asked for d in (*each.draws, *each.greedy)])
+
 def _plain(bound):
     "A claim as plain values."
     return {name: np.asarray(value).tolist() for name, value in vars(bound).items()}
@@ -338,6 +347,7 @@ def _as_report(report):
     "A report as plain data, field by field of `SCHEMA`."
     return {
         "schema": SCHEMA["schema"],
+        "version": __version__,
         "name": report.name,
         "lead": lead(report),
         "claims": report.claims,
@@ -352,6 +362,7 @@ def _as_report(report):
         "summary": {name: None if np.isnan(value) else value for name, value in report.summary().items()},
         "bounds": {name: _plain(bound) for name, bound in report.bounds.items()},
         "questions": _questions(report),
+        "draws": _digest(report),
         "how": report.how,
     }
 

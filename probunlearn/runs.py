@@ -209,7 +209,8 @@ def _orphans(folder, asked):
                          f"asked for, the first is {min(strange)}. A run may grow, never choose: ask for all of them, "
                          "or choose another folder; nothing was changed.")
     if not there: return []
-    warnings.warn(f"{lost}: an earlier report is assumed, and the claims hold at all times", RuntimeWarning, stacklevel=4)
+    said = f"{lost}: an earlier report is assumed, and the claims hold at all times"
+    warnings.warn(said, RuntimeWarning, stacklevel=4)
     return [dict(n=0, questions=len(asked["forget"]), lost=True)]
 
 # %% ../nbs/1_records/05_runs.ipynb #449f6f0a

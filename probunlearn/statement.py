@@ -74,23 +74,28 @@ def _same_draws(report, there):
     what = score_name(report.score), report.leak_at, report.how.get("seed", report.forget.draws[0].seed)
     return there.get("lost") or (there["score"], there["leak_at"], there["seed"]) == what
 
+def _listed(known, most=4):
+    "Other reports in a row."
+    return "; ".join([*map(_named, known[:most]), *[f"and {len(known) - most:,} more"] * (len(known) > most)])
+
+def _others(report):
+    "What this report and those before it cost together, in words."
+    listed, total = _listed(report.known), f"with probability at most {rounded(_known_alpha(report))}"
+    if all(_same_draws(report, there) for there in report.known):
+        return (f"These draws were reported on before ({listed}): an earlier claim and the same claim here are wrong, one or "
+                f"the other, {total}. A plan of looks before the first report shares one α.")
+    return (f"{len(report.known) + 1:,} reports on this model, these questions and this decoding are known, this one and: "
+            f"{listed}. Each claim stands for itself; one that was picked among these reports is wrong {total}.")
+
 def ledger(
     report,
 ) -> list:      # sentences, none where this is the only report that is known
-    "What this report and those before it cost together, and what was paid for looks and choices."
-    said, total = [], rounded(_known_alpha(report))
-    before = [there for there in report.known if _same_draws(report, there)]
+    "What was paid for looks and choices, and what this report costs together with those that are known."
+    said = []
     if report.anytime and report.looks > 1:
-        said.append(f"Each claim was computed at α / {report.looks:,}, which pays for the looks, and for the sets of questions "
-                    "that grew or were chosen, before this report.")
-    if not _unpaid(report): return said
-    listed = "; ".join(map(_named, report.known[:4])) + f"; and {len(report.known) - 4:,} more" * (len(report.known) > 4)
-    if len(before) == len(report.known):
-        return [*said, f"These draws were reported on before ({listed}): an earlier claim and the same claim here are wrong, "
-                f"one or the other, with probability at most {total}. A plan of looks before the first report shares one α."]
-    return [*said, f"{len(report.known) + 1:,} reports on this model, these questions and this decoding are known, this one and: "
-            f"{listed}. Each claim stands for itself; one that was picked among these reports is wrong with probability at "
-            f"most {total}."]
+        said.append(f"Each claim was computed at α / {report.looks:,}, which pays for the looks, and for the sets of "
+                    "questions that grew or were chosen, before this report.")
+    return [*said, _others(report)] if _unpaid(report) else said
 
 # %% ../nbs/4_reports/03_statement.ipynb #8835ce13
 def _guaranteed(report):
@@ -98,7 +103,8 @@ def _guaranteed(report):
     average, worst = (float(report.bounds[name]) for name in ("average leak", "worst question"))
     many = f"over these {len(report.x):,} questions" if len(report.x) > 1 else "for this question"
     if average >= 1: return f"Nothing is guaranteed: these draws don't exclude that every answer leaks, {many}."
-    first = f"A sampled answer gives the secret away with probability at most {percent(average, 'upper')} on average {many}"
+    most = percent(average, "upper")
+    first = f"A sampled answer gives the secret away with probability at most {most} on average {many}"
     if worst >= 1: return f"{first}, with {report.confidence}; for the worst of them nothing is guaranteed."
     return (f"{first}, and at most {percent(worst, 'upper')} for the worst of them: two guarantees, each with "
             f"{report.confidence}.")
@@ -418,7 +424,7 @@ def board_lead(
     first = [f"Most answers are empty, and the bounds say little: {', '.join(silent)}."] * bool(silent)
     if not clean: return " ".join([*first, "Every model leaks in some greedy answer."])
     found = f"{len(clean)} of {len(rivals)} models give nothing away when only the greedy answer is tested"
-    drawn = _of_rows(board, lambda r: f"{r.x.size:,}") if len({r.x.size for r in clean}) > 1 else f"{clean[0].x.size:,}"
+    drawn = _of_rows(board, lambda r: f"{r.x.size:,}")
     return " ".join([*first, f"{found}; {some} of these {len(clean)} leaked in {drawn} draws."])
 
 # %% ../nbs/4_reports/03_statement.ipynb #8c13548c
