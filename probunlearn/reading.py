@@ -14,7 +14,7 @@ from .bounds import leaked
 from .checks import whole
 from .questions import difference_bound
 from .report import Asked, Board, Report
-from .runs import Run, look, read_run
+from .runs import Run, look, other_reports, read_run
 from .scores import check_score, score_name
 from .sequential import looked
 
@@ -23,7 +23,7 @@ def _fewest(run, group):
     "The number of draws that every question has, at least 1."
     return max(1, min((run.count(qa) for qa in run.questions[group]), default=0))
 
-def _both(run, n, n_retain):
+def both_asked(run, n, n_retain):
     "What was asked: forget questions, and retain questions that have their draws; ValueError while n are not there."
     forget = Asked(*run.asked(n))
     m = n_retain or _fewest(run, "retain")
@@ -34,7 +34,8 @@ def _provenance(run, n, forget, retain):
     "The settings of a run, and what was looked at."
     looks = sorted({(entry["n"], entry["questions"]) for entry in run.looks})
     counts = dict(n=n, questions=len(forget.qas), retain_questions=len(retain.qas) if retain else 0)
-    return run.settings | counts | dict(planned_looks=run.planned, looks=looks, versions=run.made)
+    if retain: counts["n_retain"] = retain.draws[0].n
+    return run.settings | counts | dict(planned_looks=run.planned, looks=looks, ledger=list(run.looks), versions=run.made)
 
 # %% ../nbs/4_reports/06_reading.ipynb #3184dff7
 def report_run(
@@ -53,13 +54,15 @@ def report_run(
     for what, value in (("n", n), ("n_retain", n_retain)):
         if value is not None: whole(what, value)
     n = n or _fewest(run, "forget")
-    forget, retain = _both(run, n, n_retain)
+    forget, retain = both_asked(run, n, n_retain)
     for asked in filter(None, (forget, retain)): check_score(score, asked.qas)
     leaked([], leak_at)
-    parts, anytime = look(run, n, score=score_name(score), leak_at=leak_at, alpha=alpha)
+    what = dict(score=score_name(score), leak_at=leak_at, alpha=alpha)
+    parts, anytime = look(run, n, **what)
+    known = other_reports(run, dict(n=n, questions=len(forget.qas), parts=parts, anytime=anytime) | what)
     return Report(
         name, forget, retain, score=score, leak_at=leak_at, alpha=alpha / parts, looks=parts, anytime=anytime,
-        how=_provenance(run, n, forget, retain) | how)
+        known=known, how=_provenance(run, n, forget, retain) | how)
 
 # %% ../nbs/4_reports/06_reading.ipynb #96589a26
 def _check_pairs(report, first):

@@ -15,16 +15,19 @@ import json
 import numpy as np
 
 # %% ../nbs/4_reports/05_report.ipynb #35d01af1
+from . import __version__
 from .bounds import binary_bound, confidence, leaked
 from .checks import whole
 from .data import check_unique
+from .draws import draws_digest
 from .files import replacing, write_text
 from .metrics import dataset_claims, diversity, leakage, seen_mass_bounds
 from .page import html_page, in_notebook, picture, prompt_of, way
 from .plots import method_board, score_density
 from .scores import check_score, score_answers, score_draws, score_name
 from .sequential import RateSequence, looked
-from .statement import board_body, board_card, board_lead, card, lead, report_body, silence
+from .statement import board_body, board_card, board_lead, card, lead, ledger, one_of_several
+from .statement import report_body, silence
 
 # %% ../nbs/4_reports/05_report.ipynb #4e99ea38
 def _check_ids(asked):
@@ -119,8 +122,15 @@ def _bounds(report):
     found = {}
     for name, bound in _claims(report).items():
         paid = _paid(bound, report.looks, report.models)
-        found[name] = replace(paid, scope=f"{paid.scope}, leak: {report.what_leaks}", decoding=report.decoding)
+        of = f"leak: {report.what_leaks}"
+        if bound.quantity == "the average score": of = f"score: {score_name(report.score, report.forget.qas)}"
+        scope = ", ".join([paid.scope, of, *one_of_several(report)])
+        found[name] = replace(paid, scope=scope, decoding=report.decoding)
     return found
+
+def _says_something(bound):
+    "Whether a claim is more than anybody could say: \"at least 0\", \"at most 1\"."
+    return float(bound) > 0 if bound.side == "lower" else float(bound) < 1
 
 # %% ../nbs/4_reports/05_report.ipynb #a2e63988
 def _seen(report):
@@ -230,6 +240,7 @@ class Report:
     looks: int = 1                  # how often somebody looked at these draws, or planned to, and could have stopped
     models: int = 1                 # how many models this one was chosen from by what these draws say
     anytime: bool = False           # claims that hold at all times, for a run that grew after it was looked at
+    known: list = field(default_factory=list)   # other reports on the same model, questions and decoding, as runs tell
 
     def __post_init__(self):
         for asked in filter(None, (self.forget, self.retain)): check_score(self.score, asked.qas)
@@ -253,7 +264,8 @@ class Report:
     @property
     def claims(self):
         "What was seen, then what is guaranteed, in sentences."
-        return [*silence(self), _seen(self), *_lost(self), *map(str, self.bounds.values())]
+        guaranteed = [str(bound) for bound in self.bounds.values() if _says_something(bound)]
+        return [*silence(self), _seen(self), *_lost(self), *guaranteed, *ledger(self)]
     @cached_property
     def _table(self): return _frame(self)
 
@@ -287,6 +299,7 @@ class Report:
 # %% ../nbs/4_reports/05_report.ipynb #275ef46a
 SCHEMA = {  # what the JSON beside a report holds
     "schema": "probunlearn.report/1",
+    "version": "of the package that wrote it",
     "name": "the model, as tables call it",
     "lead": "the two main guarantees, and what they hold for",
     "claims": "all sentences, each with its scope",
@@ -297,10 +310,12 @@ SCHEMA = {  # what the JSON beside a report holds
     "looks": "how often somebody looked or planned to",
     "models": "how many models this one was chosen from",
     "anytime": "whether the claims hold at all times",
+    "known": "other reports on the same model, questions and decoding, each with the α of its claims",
     "summary": "the model in one row, shares from 0 to 1; null where there was nothing to measure",
     "bounds": "each claim as numbers: value, alpha, side, method, n, quantity, scope, sampling, decoding",
     "questions": "one record per forget question: texts (null where no answer came), counts, bounds, and all distinct "
                  "answers with draws, natural log-probability and score",
+    "draws": "SHA-256 of all draws and greedy answers, in their order",
     "how": "provenance: fingerprints, decoding, seed, versions, command",
 }
 
@@ -319,6 +334,11 @@ def _questions(report):
         record["answers"] = _answers(draws, qa, report.score)
     return records
 
+def _digest(report):
+    "A hash of everything that the report was made from."
+    asked = filter(None, (report.forget, report.retain))
+    return draws_digest([d for each in asked for d in (*each.draws, *each.greedy)])
+
 def _plain(bound):
     "A claim as plain values."
     return {name: np.asarray(value).tolist() for name, value in vars(bound).items()}
@@ -327,6 +347,7 @@ def _as_report(report):
     "A report as plain data, field by field of `SCHEMA`."
     return {
         "schema": SCHEMA["schema"],
+        "version": __version__,
         "name": report.name,
         "lead": lead(report),
         "claims": report.claims,
@@ -337,9 +358,11 @@ def _as_report(report):
         "looks": report.looks,
         "models": report.models,
         "anytime": report.anytime,
+        "known": report.known,
         "summary": {name: None if np.isnan(value) else value for name, value in report.summary().items()},
         "bounds": {name: _plain(bound) for name, bound in report.bounds.items()},
         "questions": _questions(report),
+        "draws": _digest(report),
         "how": report.how,
     }
 
@@ -437,7 +460,8 @@ class Board:
 
     def plot(self, ax=None):
         "Greedy, sampled and bounded leakage of each model beside what it keeps."
-        frame = self.to_frame().rename(columns=dict(rate="mean"))
+        frame = self.to_frame().drop(columns="retain", errors="ignore")
+        frame = frame.rename(columns=dict(rate="mean", retain_draws="retain"))      # what people get: draws
         return method_board(frame, reference=self.reference, score=f"P({self.reports[0].what_leaks})", ax=ax)
 
     def body(self, digest=""):
