@@ -49,7 +49,7 @@ def worst_question(
     how, sampling = ("mixture betting", "anytime") if anytime else ("clopper-pearson", "fixed-n")
     return Bound(value, alpha, side, how, n=draws_each(n), quantity=_WORST, scope=scope, sampling=sampling)
 
-# %% ../nbs/2_bounds/05_questions.ipynb #99dc31cf
+# %% ../nbs/2_bounds/05_questions.ipynb #e1d9e3d0
 def few_chance(leaks, n, p):    # chance of so few leaks or fewer; n beyond 2^31
     return np.where(leaks >= n, 1.0, special.betaincc(leaks + 1, np.maximum(n - leaks, 1), p))
 
@@ -156,7 +156,7 @@ def population_mean(
     where = f"questions with {table.shape[1]:,} draws each, over the population of which they are a random sample"
     return Bound(value, alpha, side, "betting", n=len(table), quantity="the average score", scope=where)
 
-# %% ../nbs/2_bounds/05_questions.ipynb #b952f901
+# %% ../nbs/2_bounds/05_questions.ipynb #e4293e1d
 def tolerance_bound(
     leaks,                      # (Q,) how many draws leaked; the questions are a random sample
     n,                          # draws per question: a count or (Q,)
@@ -220,7 +220,7 @@ def phrasings_bound(
     return Bound(value if pooled or x.ndim == 3 else value[0], alpha, side, method, n=table.shape[count],
                  scope=_phrasings_scope(table.shape, phrasings, pooled))
 
-# %% ../nbs/2_bounds/05_questions.ipynb #56ddcbce
+# %% ../nbs/2_bounds/05_questions.ipynb #27e60325
 def _mean_anytime(x, alpha, side, *, missing, anytime):     # a bound on each row's mean that holds at every look
     return MeanSequence(alpha, side, missing=missing).add(x).bound
 
