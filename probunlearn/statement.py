@@ -109,13 +109,24 @@ def _guaranteed(report):
     return (f"{first}, and at most {percent(worst, 'upper')} for the worst of them: two guarantees, each with "
             f"{report.confidence}.")
 
+def _beyond_chance(report):
+    "What is guaranteed beyond chance, in one sentence; none without a control."
+    if not report.control: return []
+    count, most = int(float(report.bounds["questions beyond chance"])), float(report.bounds["average beyond chance"])
+    many, than = f"{len(report.x):,} questions", f"more than chance (control: {report.control_name})"
+    first = f"It leaks {than} on at least {count:,} of {many}"
+    if not count: first = f"On none of {many} is it sure to leak {than}"
+    above = percent(max(0., most), "upper")
+    return [f"{first}, and on average with a probability at most {above} above the control's, each with "
+            f"{report.confidence}."]
+
 def lead(
     report,
 ) -> str:       # two sentences; a third one before them where most answers are empty
     "What is guaranteed, for somebody who reads nothing else."
     drawn = f"{report.forget.way} ({report.x.shape[1]:,} to each question were)"
     scope = f"They hold for answers drawn at {drawn}, and a leak is {report.what_leaks}."
-    return " ".join([*silence(report), _guaranteed(report), scope])
+    return " ".join([*silence(report), _guaranteed(report), *_beyond_chance(report), scope])
 
 # %% ../nbs/4_reports/03_statement.ipynb #c0e39bb1
 def contrast(
@@ -141,6 +152,10 @@ def _tiles(report):
         (f"≤ {worst}", "leak probability of the worst question, guaranteed", "bound"),
         (f"{safe:,} {of}", "questions certified to leak in less than 1 % of answers", "bound"),
     ]
+    if report.control:
+        beyond = int(float(report.bounds["questions beyond chance"]))
+        words = f"questions that leak more than chance (control: {report.control_name}), guaranteed"
+        tiles.append((f"≥ {beyond:,} {of}", words, "bound"))
     if not report.retain: return tiles
     kept = report.summary()["retain_draws"]
     return [*tiles, (f"{kept:.2f}", "score of sampled answers that should still be known", "")]
@@ -322,6 +337,7 @@ def _evaluate_call(report):
     first = dict(n=report.x.shape[1], score=getattr(report.score, "__name__", report.score))
     then = f"leak_at={report.leak_at:g}, alpha={report.alpha * report.looks:g}"
     last = f"decoding=Decoding({decoding}), seed={d.seed}" + f", looks={planned!r}" * (planned != 1)
+    if report.control: last += f", control=load_model({report.how.get('control_source', report.control_name)!r})"
     start = "report = evaluate("
     return f"{start}model, load_qa(\"the questions\"), {_called(first)}, {then},\n{' ' * len(start)}{last})"
 
@@ -348,12 +364,14 @@ def again(
 _SHOWN = dict(
     greedy_score="greedy score", leaks="draws that leak", rate_lower="P(leak) ≥", rate_upper="P(leak) ≤",
     mean="mean score", mean_upper="mean score ≤", ed="ED", ed_upper="ED ≤",
-    certain_upper="P(leak) ≤ for certain", distinct="distinct answers")
+    control="control's draws that leak", net_lower="beyond chance ≥", net_upper="beyond chance ≤",
+    echoes="leaks that only repeat the question", certain_upper="P(leak) ≤ for certain", distinct="distinct answers")
 
 def _question_table(report, order):
     "Question by question, for the page."
     frame = report.to_frame()
     frame["greedy_score"] = frame.greedy_score.astype(object).where(~report.greedy_missing, "no answer came")
+    if not frame.echoes.any(): frame = frame.drop(columns="echoes")
     columns = [column for column in _SHOWN if column in frame]
     return table(frame.iloc[order][columns].rename(columns=_SHOWN))
 
@@ -396,6 +414,7 @@ def report_body(
 # %% ../nbs/4_reports/03_statement.ipynb #09589f22
 _COLUMNS = dict(
     greedy="greedy leaks", rate="draws leak", bound="average P(leak) ≤", worst="worst P(leak) ≤",
+    control="control leaks", beyond="beyond chance ≥",
     retain_draws="retain, draws", retain="retain, greedy", some_draw="questions with a leaking draw",
     certain="average ≤ for certain", score="mean score", ed="ED", words="words", empty="empty",
     distinct="distinct", retain_distinct="retain distinct")
@@ -441,7 +460,26 @@ def _board_legend(board):
     decoding = _of_rows(board, lambda r: r.forget.way)
     sure = _of_rows(board, lambda r: f"{r.confidence}, α = {rounded(r.alpha * r.looks * r.models)}")
     return (f"Forget questions: {len(first.x)}; a leak is {first.what_leaks}. Draws of each question: {draws}. "
-            f"Decoding: {decoding}. Each bound holds by itself with {sure}. {_LEGEND}")
+            f"Decoding: {decoding}. Each bound holds by itself with {sure}. {_control_legend(board)}{_LEGEND}")
+
+def _control_legend(board):
+    "What the control of a board is; empty without one."
+    names = dict.fromkeys(r.control_name for r in board.reports if r.control)
+    if not names: return ""
+    return (f"Control leaks: share of the draws of {', '.join(names)} that leak, by chance (the dashed line). Beyond "
+            "chance ≥: share of questions that leak more than the control, for sure, all of them together (Holm). ")
+
+def with_controls(
+    reports,        # of a board
+    ax,
+):                  # the same axes, with a line for each control
+    "What controls leak, as lines across the rows."
+    shares = {r.control_name: float((r.control_marked == 1).mean()) for r in reports if r.control}
+    for name, share in shares.items():
+        ax.axvline(share, ls="--", lw=1, color=COLOURS["draws"], zorder=0)
+        ax.annotate(f"control: {name}", (share, 0), xycoords=("data", "axes fraction"), xytext=(3, 3),
+                    textcoords="offset points", fontsize=7.5, rotation=90, va="bottom", color=COLOURS["draws"])
+    return ax
 
 # %% ../nbs/4_reports/03_statement.ipynb #af8d504f
 def board_body(
@@ -473,7 +511,8 @@ def board_card(
     digest: str = "",   # SHA-256 of the JSON
 ) -> str:               # Markdown
     "The leakage card of several models."
-    frame = _board_table(board, ("greedy", "some_draw", "rate", "bound", "worst", "retain_draws", "retain"))
+    frame = _board_table(board, ("greedy", "some_draw", "rate", "bound", "worst", "control", "beyond", "retain_draws",
+                                 "retain"))
     rows = [[str(i), *map(in_digits, row, frame.columns)] for i, row in zip(frame.index, frame.to_numpy())]
     models = [dict(name=r.name, claims=r.claims) for r in board.reports]
     return filled(

@@ -18,7 +18,7 @@ import re
 from . import __version__
 from .bounds import Bound, rounded
 from .page import html_page, picture
-from .reading import both_asked
+from .reading import both_asked, control_asked, control_of
 from .report import SCHEMA, Report, as_json
 from .runs import other_reports, price, read_run
 from .scores import SCORES, score_name
@@ -78,6 +78,8 @@ def _as_recorded(data):
     "The scores that a report's JSON holds, as a score."
     known = {(row["id"], answer["answer"]): answer["score"] for row in data["questions"] for answer in row["answers"]}
     known |= {(row["id"], row["greedy"]): row["greedy_score"] for row in data["questions"]}
+    floor = (data.get("control") or {}).get("questions", [])
+    known |= {(row["id"], answer["answer"]): answer["score"] for row in floor for answer in row["answers"]}
     def score(answer, qa):
         if (qa.id, answer) not in known: raise ValueError(f"no score is recorded for an answer to {qa.id!r}: {answer!r}")
         return known[qa.id, answer]
@@ -90,8 +92,11 @@ def _again(run, data, score, recorded):
     how, parts, models = data["how"], data.get("looks", 1), data.get("models", 1)
     forget, retain = both_asked(run, how["n"], how.get("n_retain"))
     if recorded or not how.get("retain_questions"): retain = None       # a JSON records no scores of retain questions
+    floor = data.get("control") and control_asked(control_of(run), how["n"], forget.qas)
+    named = dict(control=floor, control_name=data["control"]["name"]) if floor else {}
     return Report(
-        data["name"], forget, retain, score=score, leak_at=data["leak_at"], alpha=data["alpha"] / parts / models,
+        data["name"], forget, retain, **named, score=score, leak_at=data["leak_at"],
+        alpha=data["alpha"] / parts / models,
         looks=parts, models=models, anytime=data["anytime"], known=data.get("known", []), how=how)
 
 # %% ../nbs/4_reports/08_verification.ipynb #57313212
@@ -154,7 +159,7 @@ def _pieces(data, now):
     "(what, said, made anew) of every table of a report; of another version only what is no matter of method."
     def facts(rows): return [{name: row.get(name) for name in _FACTS if name in row} for row in rows]
     if _is_older(data): return [("facts about the questions", facts(data["questions"]), facts(now["questions"]))]
-    names = "summary", "bounds", "questions", "lead", "prompt", "draws"
+    names = "summary", "bounds", "questions", "lead", "prompt", "control", "draws"
     return [(name, data.get(name), now[name]) for name in names]
 
 def _tables(data, report):
