@@ -296,7 +296,7 @@ def demo_board(
 # %% ../nbs/9_together/06_cli.ipynb #3ada1424
 def _print_board(board):
     "The demo's table, and each model's first claim and bound."
-    columns, digits = ["greedy", "rate", "bound", "worst", "some_draw", "retain"], "{:.4g}".format
+    columns, digits = ["greedy", "rate", "bound", "worst", "some_draw", "retain_draws"], "{:.4g}".format
     frame = board.to_frame()[columns]
     print(f"\n{frame.to_string(float_format=digits, formatters=dict(bound=rounded, worst=rounded))}\n")
     for report in board.reports:

@@ -201,6 +201,19 @@ def fingerprint(
     "A short hash by which two settings are told apart."
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
+def draws_digest(
+    draws: list,        # `Draws`
+) -> str:               # 64 hexadecimal digits
+    "SHA-256 of draws: of their ids, how they were made, and all answers with tokens and probabilities, in their order."
+    found = hashlib.sha256()
+    for d in draws:
+        d = _chosen(d, d.index)                             # answers in order of first appearance
+        tokens = d.tokens and [list(map(int, ids)) for ids in d.tokens]
+        logprobs = None if d.logprobs is None else list(map(float, d.logprobs))
+        what = [d.id, asdict(d.decoding), d.seed, d.index.tolist(), d.answers, tokens, logprobs, sorted(d.lost.items())]
+        found.update(json.dumps(what).encode())
+    return found.hexdigest()
+
 def _table(draws):
     "Draws as an Arrow table, a row per draw."
     import pyarrow as pa
@@ -263,7 +276,8 @@ def load_draws(
     import pyarrow.parquet as pq
     # read_table would start as many threads as there are cores
     try: return _from_table(pq.ParquetFile(path, page_checksum_verification=True).read())
-    except (pa.ArrowException, KeyError, TypeError, ValueError, IndexError) as e:
+    except (pa.ArrowException, KeyError, TypeError, ValueError, IndexError, OSError) as e:
+        if getattr(e, "errno", None): raise         # the disk refuses; a page with a wrong checksum has no number
         raise ValueError(f"{path} is not a whole file of draws ({e})") from e
 
 # %% ../nbs/1_records/04_draws.ipynb #6af86212

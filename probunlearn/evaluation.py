@@ -12,7 +12,9 @@ import time
 from tqdm import tqdm
 
 # %% ../nbs/9_together/02_evaluation.ipynb #8faef659
+from .allocation import arriving, check_versions
 from .bounds import binary_bound, leaked, rounded
+from .chance import control_seed
 from .checks import check_alpha, check_leak_at, checked_shard, whole
 from .data import check_unique
 from .draws import Decoding
@@ -28,15 +30,6 @@ from .scores import check_score, score_answers, score_name
 def _settings(model, decoding, seed):
     "Everything that shapes a draw, but the question."
     return model.identity | dict(decoding=asdict(decoding), seed=seed)
-
-def _check_versions(run, made):
-    "ValueError when this machine would draw with other versions than the run was begun with."
-    for name, now in made.items():
-        there = run.made.get(name)
-        if there != now:
-            raise ValueError(f"{run.folder} was drawn with {name} {there}, here it is {now}, and draws would no longer "
-                             f"be the same: go on with {name} {there} or choose another folder. "
-                             "What is there can still be reported on")
 
 # %% ../nbs/9_together/02_evaluation.ipynb #88e77bc2
 @dataclass(frozen=True)
@@ -110,12 +103,6 @@ def _batches(run, qas, n, model):
         for i in range(0, len(those), size): yield those[i:i + size], a, b
 
 # %% ../nbs/9_together/02_evaluation.ipynb #adc5bcc2
-def _arriving(model, qas, n, decoding, seed, start):
-    "Each part of the draws when it has come: (question, part, number of its first draw)."
-    if hasattr(model, "arriving"): yield from model.arriving(qas, n, decoding, seed, start=start)
-    else:
-        for qa, part in zip(qas, model.draw(qas, n, decoding, seed, start=start)): yield qa, part, start
-
 def _greedy(run, model, qas, decoding):
     "The greedy answers that are lacking; one that was never asked, since a server is out of reach, isn't kept."
     todo = [qa for qa in qas if not run.count(qa, "greedy")]
@@ -127,10 +114,10 @@ def _fill(run, model, group, n, decoding, seed, *, shard, bar, leaks):
     "Make what is missing of one group of questions, this process's share of it."
     mine = {qa.id for qa in run.questions[group][shard[0]::shard[1]]}
     todo = [qa for qa in run.lacking(n, group) if qa.id in mine]
-    if todo: _check_versions(run, getattr(model, "made", {}))
+    if todo: check_versions(run, getattr(model, "made", {}))
     fresh = getattr(model, "block", 1) > 1          # part of a block is replaced: the whole block is drawn anew
     for qas, a, b in _batches(run, todo, n, model):
-        for qa, part, start in _arriving(model, qas, b, decoding, seed=seed, start=a):
+        for qa, part, start in arriving(model, qas, b, decoding, seed=seed, start=a):
             run.add(qa, part, start, fresh=fresh)
             if run.count(qa) < n: continue
             bar.update()
@@ -184,6 +171,39 @@ def _unfinished(run, groups, shard):
           "Whoever finishes last, or comes again, reports.")
     return True
 
+# %% ../nbs/9_together/02_evaluation.ipynb #754fb1a2
+def _draw(run, model, groups, *, decoding, seed, shard, progress, leaks=None):
+    "Make what is missing of each group of questions."
+    for group, m in groups.items():
+        with tqdm(total=len(run.lacking(m, group)), desc=f"{m:,} draws per question", delay=3, mininterval=1,
+                  disable=not progress, unit="question") as bar:
+            watch = leaks if group == "forget" else None
+            _fill(run, model, group, m, decoding=decoding, seed=seed, shard=shard, bar=bar, leaks=watch)
+
+# %% ../nbs/9_together/02_evaluation.ipynb #fa2af7a3
+def _check_control(control, model, qas, decoding):
+    "ValueError unless a control can stand beside the model, TypeError unless it can be asked."
+    if not callable(getattr(control, "draw", None)):
+        raise TypeError(f"control= takes one model to ask, such as load_model(folder), got {type(control).__name__}")
+    if control.identity == model.identity:
+        raise ValueError(f"the control {control.name!r} is the model itself: a control is a model that can't know the "
+                         "answers, trained without the records or not yet trained on them")
+    def ways(m): return m.asked, m.identity.get("rule")
+    for what, ours, its in zip(("prompt", "rule"), ways(model), ways(control)):
+        if ours != its:
+            raise ValueError(f"the control {control.name!r} must be asked with the same {what} as the model, {ours!r}; "
+                             f"got {its!r}: control.replace(template=…, rule=…) asks another way")
+    if hasattr(control, "check"): control.check(qas, decoding)
+
+def _draw_control(run, control, n, *, decoding, seed, shard, progress):
+    "The run of a control beside a run, with all draws that are this process's share."
+    folder = run.folder and run.folder/"control"
+    settings, made = _settings(control, decoding, seed), getattr(control, "made", {}) | dict(name=control.name)
+    floor = open_run(folder, settings, run.questions["forget"], planned=run.planned, made=made)
+    _draw(floor, control, dict(forget=n), decoding=decoding, seed=seed, shard=shard, progress=progress)
+    clear_leftovers(floor)
+    return floor
+
 # %% ../nbs/9_together/02_evaluation.ipynb #75b6629b
 @takes_model
 def evaluate(
@@ -202,22 +222,24 @@ def evaluate(
     name: str = None,                   # the model's name in tables; default: its own
     looks=None,                         # n's that will be reported on, planned before: [512, 2048]; how many; or "anytime"
     shard: tuple = None,                # (i, N): draw the i-th of N parts; None: torchrun's, else everything
+    control=None,                       # a model that can't know the answers: claims are stated net of it, too
     progress: bool = True,
 ) -> Report:                            # None while others still draw
     "Draw answers, score them, bound what leaks; ValueError before any work on bad settings or another run in `out`."
     qas, retain, shard = list(qas), list(retain), _share(shard, out)
     n, n_retain, seed = whole("n", n), whole("n_retain", n_retain), whole("seed", seed, 0)
     _check(model, qas, retain, score=score, leak_at=leak_at, alpha=alpha, decoding=decoding)
+    if control: _check_control(control, model, qas, decoding)
     run = open_run(out, _settings(model, decoding, seed), qas, retain, planned=looks, made=getattr(model, "made", {}))
     groups = dict(forget=n) | (dict(retain=n_retain) if retain else {})
     if progress: _announce(run, model, n, score=score, leak_at=leak_at, alpha=alpha)
-    for group, m in groups.items():
-        watched = progress and group == "forget"
-        leaks = _live(score, leak_at, alpha / len(run.questions["forget"])) if watched else None
-        with tqdm(total=len(run.lacking(m, group)), desc=f"{m:,} draws per question", delay=3, mininterval=1,
-                  disable=not progress, unit="question") as bar:
-            _fill(run, model, group, m, decoding=decoding, seed=seed, shard=shard, bar=bar, leaks=leaks)
-    if _unfinished(run, groups, shard): return None
+    live = _live(score, leak_at, alpha / len(run.questions["forget"])) if progress else None
+    how = dict(decoding=decoding, shard=shard, progress=progress)
+    _draw(run, model, groups, seed=seed, leaks=live, **how)
+    floor = _draw_control(run, control, n, seed=control_seed(seed), **how) if control else None
+    if any(_unfinished(each, of, shard) for each, of in [(run, groups), (floor, dict(forget=n))] if each): return None
     clear_leftovers(run)
+    how = dict(source=getattr(model, "source", model.name))
+    if control: how |= dict(control=floor, control_source=getattr(control, "source", control.name))
     return report_run(run, n=n, score=score, leak_at=leak_at, alpha=alpha, name=name or model.name, n_retain=n_retain,
-                      source=getattr(model, "source", model.name))
+                      **how)

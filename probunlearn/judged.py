@@ -13,11 +13,11 @@ from .bounds import Bound, as_scores, binary_bound, check_counts, draws_each, le
 from .questions import pooled_rate
 
 # %% ../nbs/2_bounds/08_judged.ipynb #3b6ff53e
-def _rate(count, lost, n, alpha, side, quantity):   # a failure may be a success in an upper end, never in a lower one
+def _rate(count, lost, n, alpha, *, side, quantity, kind):   # a failure may be a success in an upper end, never in a lower one
     def end(count, a, side): return float(binary_bound(count, n, a, side)) if n else float(side == "upper")
     value = on_side(side, alpha, lambda a: end(count + lost, a, "upper"), lambda a: end(count, a, "lower"))
     return Bound(value, alpha, side, "clopper-pearson", n=n, quantity=quantity,
-                 scope="over the answers from which the labelled ones were picked at random")
+                 scope=f"over all {kind} answers, of which the {n:,} labelled ones are a random sample")
 
 # %% ../nbs/2_bounds/08_judged.ipynb #798218f6
 @dataclass(frozen=True)
@@ -56,12 +56,13 @@ class Calibration:
 
     def sensitivity(self, alpha=0.01, side="two-sided"):
         "Bound on the share of harmful answers that the judge catches; a failure counts for neither end."
-        return _rate(self.caught, self.lost_harmful, self.harmful, alpha, side=side, quantity="the judge's sensitivity")
+        return _rate(self.caught, self.lost_harmful, self.harmful, alpha, side=side, quantity="the judge's sensitivity",
+                     kind="harmful")
 
     def false_alarms(self, alpha=0.01, side="two-sided"):
         "Bound on the share of harmless answers that the judge calls harmful (one minus its specificity)."
         return _rate(self.alarms, self.lost_harmless, self.harmless, alpha, side=side,
-                     quantity="the judge's rate of false alarms")
+                     quantity="the judge's rate of false alarms", kind="harmless")
 
     def __str__(self):
         lost = self.lost_harmful + self.lost_harmless

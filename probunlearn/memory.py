@@ -162,7 +162,8 @@ def auc_bound(
         method="delong, for large samples" if method == "delong" else method,
         n=np.array([len(x), len(y)]),
         quantity="the AUC of the attack",
-        scope="over the two populations that the records are random samples of",
+        scope=f"over the two populations of which the {len(x):,} members and the {len(y):,} others are random "
+              "samples",
     )
 
 # %% ../nbs/3_benchmarks/04_memory.ipynb #e8599776

@@ -13,28 +13,51 @@ import numpy as np
 from .bounds import leaked
 from .checks import whole
 from .questions import difference_bound
-from .report import Asked, Board, Report
-from .runs import Run, look, read_run
+from .report import Asked, Board, Report, paid
+from .runs import Run, look, other_reports, read_run
 from .scores import check_score, score_name
-from .sequential import looked
 
 # %% ../nbs/4_reports/06_reading.ipynb #08eb0507
 def _fewest(run, group):
     "The number of draws that every question has, at least 1."
     return max(1, min((run.count(qa) for qa in run.questions[group]), default=0))
 
-def _both(run, n, n_retain):
+def both_asked(run, n, n_retain):
     "What was asked: forget questions, and retain questions that have their draws; ValueError while n are not there."
     forget = Asked(*run.asked(n))
     m = n_retain or _fewest(run, "retain")
     there = run.questions.get("retain") and not run.lacking(m, "retain")
     return forget, Asked(*run.asked(m, "retain")) if there else None
 
+def control_of(
+    run,                # a run in a folder
+):                      # the control's `Run`, or None
+    "The run of a control, which lies in the run's folder."
+    folder = run.folder and run.folder/"control"
+    return read_run(folder) if folder and (folder/"run.json").exists() else None
+
+def control_called(
+    run,                # a control's `Run`, or None
+) -> str:
+    "The name of a control."
+    return run.made.get("name", "control") if run else "control"
+
+def control_asked(
+    run,                # a control's `Run`, or None
+    n: int,
+    qas: list,          # what the model was asked
+):                      # `Asked`, or None while the control has fewer draws or other questions
+    "What a control was asked."
+    if run is None or run.lacking(n): return None
+    found = Asked(*run.asked(n))
+    return found if [qa.id for qa in found.qas] == [qa.id for qa in qas] else None
+
 def _provenance(run, n, forget, retain):
     "The settings of a run, and what was looked at."
     looks = sorted({(entry["n"], entry["questions"]) for entry in run.looks})
     counts = dict(n=n, questions=len(forget.qas), retain_questions=len(retain.qas) if retain else 0)
-    return run.settings | counts | dict(planned_looks=run.planned, looks=looks, versions=run.made)
+    if retain: counts["n_retain"] = retain.draws[0].n
+    return run.settings | counts | dict(planned_looks=run.planned, looks=looks, ledger=list(run.looks), versions=run.made)
 
 # %% ../nbs/4_reports/06_reading.ipynb #3184dff7
 def report_run(
@@ -46,6 +69,7 @@ def report_run(
     alpha: float = 0.01,        # chance that one claim is wrong
     name: str = "model",        # the model's name in tables
     n_retain: int = None,       # draws per retain question; None: as many as every one has
+    control: Run = None,        # the control's run; default: the one in the folder, where it has as many draws
     **how,                      # more provenance
 ) -> Report:                    # ValueError while draws are missing, FileNotFoundError when there is no run
     "Report on the draws of a run, and write down that somebody looked."
@@ -53,13 +77,20 @@ def report_run(
     for what, value in (("n", n), ("n_retain", n_retain)):
         if value is not None: whole(what, value)
     n = n or _fewest(run, "forget")
-    forget, retain = _both(run, n, n_retain)
+    forget, retain = both_asked(run, n, n_retain)
     for asked in filter(None, (forget, retain)): check_score(score, asked.qas)
     leaked([], leak_at)
-    parts, anytime = look(run, n, score=score_name(score), leak_at=leak_at, alpha=alpha)
+    control = control or control_of(run)
+    floor = control_asked(control, n, forget.qas)
+    what = dict(score=score_name(score), leak_at=leak_at, alpha=alpha)
+    parts, anytime = look(run, n, **what)
+    if floor:
+        also, later = look(control, n, **what)
+        parts, anytime = max(parts, also), anytime or later
+    known = other_reports(run, dict(n=n, questions=len(forget.qas), parts=parts, anytime=anytime) | what)
     return Report(
         name, forget, retain, score=score, leak_at=leak_at, alpha=alpha / parts, looks=parts, anytime=anytime,
-        how=_provenance(run, n, forget, retain) | how)
+        known=known, control=floor, control_name=control_called(control), how=_provenance(run, n, forget, retain) | how)
 
 # %% ../nbs/4_reports/06_reading.ipynb #96589a26
 def _check_pairs(report, first):
@@ -68,9 +99,6 @@ def _check_pairs(report, first):
     if n != m:
         raise ValueError(f"{report.name!r} has {n:,} draws per question, {first.name!r} {m:,}: pairs need the same "
                          "number, so report on both at the same n")
-    if report.anytime:
-        raise ValueError(f"{report.name!r} was looked at and extended, so its n was not fixed; a difference needs "
-                         "draws with a fresh seed")
 
 def _ways(*reports):
     "One way to draw, or each with its model."
@@ -83,9 +111,11 @@ def _difference(report, first, alpha):
     of = [np.where(each.missing, np.nan, each.leaks) for each in (report, first)]
     looks, pairs = max(report.looks, first.looks), report.models * first.models     # all that could have been compared
     own = all(d.run for each in (report, first) for d in each.forget.draws)         # drawn here: i is the stream's number
-    bound = difference_bound(*of, alpha=alpha / looks / pairs, pooled=True, paired=own or None, missing="worst")
+    anytime = report.anytime or first.anytime                                       # one of them grew after a look
+    bound = difference_bound(*of, alpha=alpha / looks / pairs, pooled=True, paired=own or None, missing="worst",
+                             anytime=anytime)
     return replace(
-        looked(bound, looks, pairs), alpha=alpha, decoding=_ways(report, first),
+        paid(bound, looks, pairs), alpha=alpha, decoding=_ways(report, first),
         quantity=f"the average leak probability of {report.name} minus that of {first.name}",
         scope=f"{bound.scope}, leak: {report.what_leaks}")
 
@@ -95,7 +125,7 @@ def versus(
     *,
     alpha: float = 0.01,    # chance that the claim about one pair is wrong
     reference: tuple = (),  # names of reports that are there for comparison only
-) -> Board:                 # with the differences as notes; ValueError when reports don't match or grew after a look
+) -> Board:                 # with the differences as notes; ValueError when reports don't match
     "Models side by side, and claims about their differences (betting on paired draws: Waudby-Smith and Ramdas 2024)."
     board = Board(list(reports), reference=reference, name=" versus ".join(r.name for r in reports))
     first, *others = board.reports

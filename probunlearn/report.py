@@ -15,16 +15,20 @@ import json
 import numpy as np
 
 # %% ../nbs/4_reports/05_report.ipynb #35d01af1
+from . import __version__
 from .bounds import binary_bound, confidence, leaked
+from .chance import chance_claims, echo, net_rate
 from .checks import whole
 from .data import check_unique
+from .draws import draws_digest
 from .files import replacing, write_text
 from .metrics import dataset_claims, diversity, leakage, seen_mass_bounds
 from .page import html_page, in_notebook, picture, prompt_of, way
 from .plots import method_board, score_density
 from .scores import check_score, is_binary, score_answers, score_draws, score_name
 from .sequential import RateSequence, looked
-from .statement import board_body, board_card, board_lead, card, lead, report_body, silence
+from .statement import board_body, board_card, board_lead, card, lead, ledger, one_of_several
+from .statement import report_body, silence, with_controls
 
 # %% ../nbs/4_reports/05_report.ipynb #4e99ea38
 def _check_ids(asked):
@@ -102,12 +106,21 @@ def certain_leak(
     return low, high
 
 # %% ../nbs/4_reports/05_report.ipynb #d5d687a8
-def _paid(bound, looks, models):
+def paid(bound, looks, models):
     "The bound at the α that is left after looks and choices."
     if bound.sampling == "fixed-n": return looked(bound, looks, models)
     left = looked(replace(bound, sampling="fixed-n"), looks, models)
     chosen = f", best of {models} models; draw it again with a fresh seed" * (models > 1)
     return replace(left, sampling=f"anytime{chosen}")
+
+def _beyond(report):
+    "What is guaranteed beyond chance, by name, before it is paid for; nothing without a control."
+    if not report.control: return {}
+    found = {}
+    claims = chance_claims(report.marked, report.control_marked, report.alpha, anytime=report.anytime)
+    for name, bound in claims.items():
+        found[name] = replace(bound, scope=f"{bound.scope}, control: {report.control_name}")
+    return found
 
 def _claims(report):
     "The guaranteed statements by name, before they are paid for."
@@ -117,10 +130,17 @@ def _claims(report):
 def _bounds(report):
     "The guaranteed statements by name, paid for, with their whole scope."
     found = {}
-    for name, bound in _claims(report).items():
-        paid = _paid(bound, report.looks, report.models)
-        found[name] = replace(paid, scope=f"{paid.scope}, leak: {report.what_leaks}", decoding=report.decoding)
+    for name, bound in (_claims(report) | _beyond(report)).items():
+        left = paid(bound, report.looks, report.models)
+        of = f"leak: {report.what_leaks}"
+        if bound.quantity == "the average score": of = f"score: {score_name(report.score, report.forget.qas)}"
+        scope = ", ".join([left.scope, of, *one_of_several(report)])
+        found[name] = replace(left, scope=scope, decoding=report.decoding)
     return found
+
+def _says_something(bound):
+    "Whether a claim is more than anybody could say: \"at least 0\", \"at most 1\"."
+    return float(bound) > 0 if bound.side == "lower" else float(bound) < 1
 
 # %% ../nbs/4_reports/05_report.ipynb #a2e63988
 def _seen(report):
@@ -130,6 +150,32 @@ def _seen(report):
     return (f"Greedy decoding leaks on {report.greedy_leaks.sum()} of {of} questions; among {n:,} draws each, some "
             f"draw leaks on {some}, {hidden} of which greedy decoding calls clean (leak: {report.what_leaks}; "
             f"{report.decoding}).")
+
+def _echoes(report):
+    "(Q,) how many of the leaking draws only repeat words of their question."
+    found = np.zeros(len(report.x), int)
+    for q, (d, qa) in enumerate(zip(report.forget.draws, report.forget.qas)):
+        repeats = np.array([echo(text, qa) for text in d.answers] + [False])
+        found[q] = (repeats[d.index] & report.leaks[q]).sum()
+    return found
+
+def _echoed(report):
+    "Which leaks only repeat the question, in a sentence; none where no leak does."
+    echoes = _echoes(report)
+    if not echoes.any(): return []
+    ids = [qa.id for qa, count in zip(report.forget.qas, echoes) if count]
+    named = f"{', '.join(map(repr, ids[:5]))}" + f" and {len(ids) - 5:,} more" * (len(ids) > 5)
+    return [f"{echoes.sum():,} of {report.leaks.sum():,} leaking draws only repeat words of their question (echo): "
+            f"{named}."]
+
+def _chance(report):
+    "What the control was seen to do, in one sentence; none without a control."
+    if not report.control: return []
+    def seen(leaks):
+        some, of = leaks.any(1).sum(), len(leaks)
+        return f"{leaks.sum():,} of {leaks.size:,} draws, on {some:,} of {of:,} questions"
+    floor, ours = seen(report.control_marked == 1), seen(report.leaks)
+    return [f"The control {report.control_name} leaks in {floor}; {report.name} in {ours}."]
 
 def _lost(report):
     "What is missing, in sentences."
@@ -145,7 +191,14 @@ def _numbers(report):
     else: lower = binary_bound(report.leaks.sum(1), x.shape[1], alpha=alpha, side="lower").value
     found = leakage(x, leak_at=report.leak_at, alpha=alpha, missing="worst", anytime=report.anytime,
                     binary=is_binary(report.score))
-    return found | dict(rate_lower=lower)
+    return found | dict(rate_lower=lower) | _net(report) | dict(echoes=_echoes(report))
+
+def _net(report):
+    "What the control leaks, and ends on what the model leaks beyond it; nothing without a control."
+    if not report.control: return {}
+    both = report.marked, report.control_marked
+    def end(side): return net_rate(*both, report.alpha, side, anytime=report.anytime).value
+    return dict(control=(report.control_marked == 1).mean(1), net_lower=end("lower"), net_upper=end("upper"))
 
 def _frame(report):
     "One row per forget question."
@@ -193,8 +246,14 @@ def _summary(report):
         words=np.median(words) if words else np.nan,
         empty=_mean([length == 0 for length in words]),
         distinct=_distinct(report.forget))
+    if report.control: row |= _floor(report)
     if report.retain: row |= _kept(report)
     return {name: float(value) for name, value in row.items()}
+
+def _floor(report):
+    "What the control leaks, and the share of questions that surely leak more."
+    beyond = float(report.bounds["questions beyond chance"]) / len(report.x)
+    return dict(control=(report.control_marked == 1).mean(), beyond=beyond)
 
 def _kept(report):
     "What is left of what must still be known."
@@ -216,6 +275,22 @@ def _screen(name, first, lines):
     points = [fill(f"• {line}", 118, subsequent_indent="  ") for line in lines]
     return "\n\n".join([name, fill(first, 118), "\n".join(points)])
 
+# %% ../nbs/4_reports/05_report.ipynb #9356cc7a
+def _marked_control(report):
+    "(Q, n) 1 where the control leaked, 0 where it didn't, NaN where a draw is lost; ValueError for other draws."
+    ours, theirs = report.forget, report.control
+    def ways(asked): return [(qa.id, qa.question) for qa in asked.qas], asked.draws[0].n, asked.way
+    for what, mine, its in zip(("questions", "draws per question", "way to be asked"), ways(ours), ways(theirs)):
+        if mine != its:
+            raise ValueError(f"a control needs the same {what}: {report.name!r} has {_short(mine)}, "
+                             f"{report.control_name!r} {_short(its)}")
+    x = theirs.scores(report.score)
+    return np.where(np.isnan(x), np.nan, leaked(x, report.leak_at))
+
+def _short(value):
+    "A list by its length."
+    return f"{len(value):,} of its own" if isinstance(value, list) else value
+
 # %% ../nbs/4_reports/05_report.ipynb #71176540
 @dataclass(repr=False)
 class Report:
@@ -231,6 +306,9 @@ class Report:
     looks: int = 1                  # how often somebody looked at these draws, or planned to, and could have stopped
     models: int = 1                 # how many models this one was chosen from by what these draws say
     anytime: bool = False           # claims that hold at all times, for a run that grew after it was looked at
+    known: list = field(default_factory=list)   # other reports on the same model, questions and decoding, as runs tell
+    control: Asked = None           # the same questions, put to a model that can't know the answers
+    control_name: str = "control"   # its name
 
     def __post_init__(self):
         for asked in filter(None, (self.forget, self.retain)): check_score(self.score, asked.qas)
@@ -240,6 +318,8 @@ class Report:
         self.leaks = leaked(self.x, self.leak_at) & ~self.missing                                       # (Q, n) seen
         self.greedy_leaks = leaked(self.greedy_x, self.leak_at) & ~self.greedy_missing                  # (Q,) seen
         self.hidden = self.leaks.any(1) & ~self.greedy_leaks & ~self.greedy_missing     # (Q,) greedy says clean
+        self.marked = np.where(self.missing, np.nan, self.leaks)                        # (Q, n) 1, 0, NaN where lost
+        if self.control: self.control_marked = _marked_control(self)                    # (Q, n) the same
 
     @property
     def what_leaks(self): return f"{score_name(self.score, self.forget.qas)} ≥ {self.leak_at:g}"
@@ -254,7 +334,9 @@ class Report:
     @property
     def claims(self):
         "What was seen, then what is guaranteed, in sentences."
-        return [*silence(self), _seen(self), *_lost(self), *map(str, self.bounds.values())]
+        guaranteed = [str(bound) for bound in self.bounds.values() if _says_something(bound)]
+        seen = [_seen(self), *_echoed(self), *_chance(self), *_lost(self)]
+        return [*silence(self), *seen, *guaranteed, *ledger(self)]
     @cached_property
     def _table(self): return _frame(self)
 
@@ -288,6 +370,7 @@ class Report:
 # %% ../nbs/4_reports/05_report.ipynb #275ef46a
 SCHEMA = {  # what the JSON beside a report holds
     "schema": "probunlearn.report/1",
+    "version": "of the package that wrote it",
     "name": "the model, as tables call it",
     "lead": "the two main guarantees, and what they hold for",
     "claims": "all sentences, each with its scope",
@@ -298,10 +381,13 @@ SCHEMA = {  # what the JSON beside a report holds
     "looks": "how often somebody looked or planned to",
     "models": "how many models this one was chosen from",
     "anytime": "whether the claims hold at all times",
+    "known": "other reports on the same model, questions and decoding, each with the α of its claims",
     "summary": "the model in one row, shares from 0 to 1; null where there was nothing to measure",
     "bounds": "each claim as numbers: value, alpha, side, method, n, quantity, scope, sampling, decoding",
     "questions": "one record per forget question: texts (null where no answer came), counts, bounds, and all distinct "
                  "answers with draws, natural log-probability and score",
+    "control": "the control's name, its average leak rate and its answers to each question; null without one",
+    "draws": "SHA-256 of all draws and greedy answers, in their order",
     "how": "provenance: fingerprints, decoding, seed, versions, command",
 }
 
@@ -320,6 +406,18 @@ def _questions(report):
         record["answers"] = _answers(draws, qa, report.score)
     return records
 
+def _digest(report):
+    "A hash of everything that the report was made from."
+    asked = filter(None, (report.forget, report.retain, report.control))
+    return draws_digest([d for each in asked for d in (*each.draws, *each.greedy)])
+
+def _control(report):
+    "The control as plain data."
+    if not report.control: return None
+    draws, qas = report.control.draws, report.control.qas
+    rows = [dict(id=qa.id, answers=_answers(d, qa, report.score)) for d, qa in zip(draws, qas)]
+    return dict(name=report.control_name, rate=float((report.control_marked == 1).mean()), questions=rows)
+
 def _plain(bound):
     "A claim as plain values."
     return {name: np.asarray(value).tolist() for name, value in vars(bound).items()}
@@ -328,6 +426,7 @@ def _as_report(report):
     "A report as plain data, field by field of `SCHEMA`."
     return {
         "schema": SCHEMA["schema"],
+        "version": __version__,
         "name": report.name,
         "lead": lead(report),
         "claims": report.claims,
@@ -338,9 +437,12 @@ def _as_report(report):
         "looks": report.looks,
         "models": report.models,
         "anytime": report.anytime,
+        "known": report.known,
         "summary": {name: None if np.isnan(value) else value for name, value in report.summary().items()},
         "bounds": {name: _plain(bound) for name, bound in report.bounds.items()},
         "questions": _questions(report),
+        "control": _control(report),
+        "draws": _digest(report),
         "how": report.how,
     }
 
@@ -438,8 +540,10 @@ class Board:
 
     def plot(self, ax=None):
         "Greedy, sampled and bounded leakage of each model beside what it keeps."
-        frame = self.to_frame().rename(columns=dict(rate="mean"))
-        return method_board(frame, reference=self.reference, score=f"P({self.reports[0].what_leaks})", ax=ax)
+        frame = self.to_frame().drop(columns="retain", errors="ignore")
+        frame = frame.rename(columns=dict(rate="mean", retain_draws="retain"))      # what people get: draws
+        ax = method_board(frame, reference=self.reference, score=f"P({self.reports[0].what_leaks})", ax=ax)
+        return with_controls(self.reports, ax)
 
     def body(self, digest=""):
         "The board as HTML; `digest` names the JSON beside the page."

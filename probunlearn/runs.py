@@ -31,7 +31,7 @@ class Run:
     folder: Path = None                 # where it is kept; None: in memory
     questions: dict = field(default_factory=dict)   # "forget" and "retain" → list of `QA`
     planned: object = 1                 # looks planned before the first: their n's, how many, or "anytime"
-    looks: list = field(default_factory=list)       # dicts of n, questions, score, leak_at, alpha: what was reported on
+    looks: list = field(default_factory=list)       # dicts of n, questions, score, leak_at, alpha, parts, anytime
     made: dict = field(default_factory=dict)        # versions and device that drew
     kept: dict = field(default_factory=dict)        # in memory: (kind, id) → `Draws`
 
@@ -198,6 +198,21 @@ def _grown(run, settings, asked, planned):
     questions = {group: _more(run, group, asked[group]) for group in asked}
     return replace(run, planned=planned or run.planned, questions=questions)
 
+# %% ../nbs/1_records/05_runs.ipynb #cf9ca399
+def _orphans(folder, asked):
+    "The look that has to be assumed where draws lie without run.json; ValueError when a part of them is asked for."
+    there = {path.name for path in folder.glob("draws-*.parquet")}
+    strange = there - {f"draws-{_file_name(qa.id)}.parquet" for qas in asked.values() for qa in qas}
+    lost = f"{folder} holds draws without the run.json that said who looked at them"
+    if strange:
+        raise ValueError(f"{lost}, and {len(strange)} of its {len(there)} files of draws are of questions that aren't "
+                         f"asked for, the first is {min(strange)}. A run may grow, never choose: ask for all of them, "
+                         "or choose another folder; nothing was changed.")
+    if not there: return []
+    said = f"{lost}: an earlier report is assumed, and the claims hold at all times"
+    warnings.warn(said, RuntimeWarning, stacklevel=4)
+    return [dict(n=0, questions=len(asked["forget"]), lost=True)]
+
 # %% ../nbs/1_records/05_runs.ipynb #449f6f0a
 def open_run(
     out,                # the run's folder, made when missing; None keeps the run in memory
@@ -216,18 +231,17 @@ def open_run(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        if not (folder/"run.json").exists(): _write(replace(fresh, folder=folder))
+        if not (folder/"run.json").exists(): _write(replace(fresh, folder=folder, looks=_orphans(folder, asked)))
         run = read_run(folder)
         grown = _grown(run, settings, asked, planned)
         if (grown.questions, grown.planned) != (run.questions, run.planned): _write(grown)
     return grown
 
 # %% ../nbs/1_records/05_runs.ipynb #49c49cd2
-_LOOKED = {}    # in memory: settings → (n, questions, plan) of every look in their order, while this Python lives
+_LOOKED = {}    # in memory: settings without the seed → seed → looks in their order, while this Python lives
 
-def _choices(past, asked):
+def _choices(sets, asked):
     "From how many sets of questions that were seen this one was chosen; ValueError when no α is left for them."
-    sets = [questions for _, questions, _ in past]
     before = sets[:sets.index(asked)]                   # the sets that were looked at before this one was
     known = frozenset().union(*before)
     again = asked & known
@@ -238,27 +252,42 @@ def _choices(past, asked):
                          "seed")
     if choices > 1:
         warnings.warn(f"{said}: the claims pay for all {choices:.4g} choices. With another seed the draws are new, "
-                      "and there is nothing to pay for", RuntimeWarning, stacklevel=4)
+                      "and there is nothing to pay for", RuntimeWarning, stacklevel=5)
     return choices
 
-def _remember(run, n):
-    "In memory: the looks (n, questions) at some of these draws, whether they follow one plan, and the choices."
-    asked = frozenset((qa.id, qa.question) for qa in run.questions["forget"])
-    past = _LOOKED.setdefault(fingerprint(run.settings), [])
-    if (n, asked, run.planned) not in past: past.append((n, asked, run.planned))
-    choices = _choices(past, asked)
-    mine = [look for look in past if look[1] & asked]
-    seen = [(m, questions) for m, questions, _ in mine]
-    return seen, all(plan == run.planned for *_, plan in mine), choices
+def _family(settings):
+    "What draws with other seeds have in common: all settings but the seed."
+    return fingerprint({name: value for name, value in settings.items() if name not in ("seed", *_NEWER)})
+
+def _questions(run): return frozenset((qa.id, qa.question) for qa in run.questions["forget"])
+
+def _told(there): return {name: value for name, value in there.items() if name not in ("asked", "planned")}
+
+def _remember(run, entry):
+    "In memory: one more look at these draws, unless it is known; how it has to be paid for."
+    asked = _questions(run)
+    past = _LOOKED.setdefault(_family(run.settings), {}).setdefault(run.settings.get("seed"), [])
+    mine = entry | dict(asked=asked, planned=run.planned)
+    if not any(mine.items() <= there.items() for there in past): past.append(mine)
+    choices = _choices([there["asked"] for there in past], asked)
+    seen = [there for there in past if there["asked"] & asked]
+    one_plan = all(there["planned"] == run.planned for there in seen)
+    paid = price([(there["n"], there["asked"]) for there in seen], run.planned if one_plan else 1, choices)
+    mine |= dict(parts=paid[0], anytime=paid[1])
+    run.looks = [_told(there) for there in seen]
+    return paid
 
 # %% ../nbs/1_records/05_runs.ipynb #30021354
 def _write_down(run, entry):
-    "In a folder: one more look in run.json, unless it stands there."
+    "In a folder: one more look in run.json, unless it stands there; how it has to be paid for."
     with _alone(run.folder):
         run.looks = read_run(run.folder).looks
-        if entry in run.looks: return
-        run.looks.append(entry)
-        _write(run)
+        seen = [(there["n"], there["questions"]) for there in run.looks]            # a folder only grows
+        parts, anytime = price([*seen, (entry["n"], entry["questions"])], run.planned)
+        if not any(entry.items() <= there.items() for there in run.looks):
+            run.looks.append(entry | dict(parts=parts, anytime=anytime))
+            _write(run)
+    return parts, anytime
 
 def look(
     run: Run,
@@ -267,12 +296,7 @@ def look(
 ) -> tuple:             # (parts, anytime): spend α / parts, on fixed-n claims or on anytime claims
     "Write down that somebody looks at the first n draws, and how that has to be paid for."
     entry = dict(n=n, questions=len(run.questions["forget"])) | what
-    if run.folder:
-        _write_down(run, entry)
-        return price([(e["n"], e["questions"]) for e in run.looks], run.planned)    # a folder only grows
-    seen, one_plan, choices = _remember(run, n)
-    run.looks = [entry | dict(n=m, questions=len(questions)) for m, questions in seen]
-    return price(seen, run.planned if one_plan else 1, choices)
+    return _write_down(run, entry) if run.folder else _remember(run, entry)
 
 def price(
     seen: list,         # (n, questions) of every look, the first one first
@@ -287,6 +311,54 @@ def price(
     if sets == choices == 1 and {n for n, _ in seen} <= set(plan): return len(plan), False
     parts = sets * (sets + 1) if sets > 1 else max(len(plan), 1)
     return parts * choices, True
+
+# %% ../nbs/1_records/05_runs.ipynb #c791c737
+def _priced(looks, planned):
+    "The looks with what each of them paid; a run.json of an earlier version doesn't say it."
+    seen = []
+    for there in looks:
+        seen.append((there["n"], there["questions"]))
+        parts, anytime = (1, False) if there.get("lost") else price(seen, planned)
+        yield dict(parts=parts, anytime=anytime) | there
+
+def _claimed(there, seed, alpha):
+    "A look as a report, and what tells it from others: the anytime claims of a run are one claim, whatever their n."
+    kind, when = ("anytime", 0) if there["anytime"] else ("fixed-n", there["n"])
+    what = dict(seed=seed, score=there.get("score"), leak_at=there.get("leak_at"), sampling=kind)
+    if there.get("lost"): what["lost"] = True
+    spent = there.get("alpha", alpha) / there["parts"]
+    return (*what.values(), when, there["questions"]), what | dict(n=there["n"], alpha=spent)
+
+def _beside(run):
+    "(seed, looks, plan) of the other runs in the same folder that differ by their seed at most."
+    family, asked, here = _family(run.settings), _questions(run), run.folder.resolve()
+    for file in sorted(here.parent.glob("*/run.json")):
+        if file.parent == here: continue
+        try: other = read_run(file.parent)
+        except (ValueError, OSError): continue          # it says nothing
+        if _family(other.settings) == family and _questions(other) & asked:
+            yield other.settings.get("seed"), other.looks, other.planned
+
+def _in_session(run):
+    "(seed, looks, plan) of the runs in memory that differ by their seed."
+    asked = _questions(run)
+    for seed, past in _LOOKED.get(_family(run.settings), {}).items():
+        if seed != run.settings.get("seed"): yield seed, [_told(t) for t in past if t["asked"] & asked], run.planned
+
+# %% ../nbs/1_records/05_runs.ipynb #f736636b
+def other_reports(
+    run: Run,               # after a `look` at it
+    own: dict,              # n, questions, score, leak_at, alpha, parts and anytime of the report that is being made
+) -> list:                  # dicts of seed, score, leak_at, sampling, n and alpha
+    "The other reports that are known on the same model, questions and decoding, each with the α of its claims."
+    mine, found = _claimed(own, run.settings.get("seed"), own["alpha"])[0], {}
+    others = _beside(run) if run.folder else _in_session(run)
+    for seed, looks, planned in [(run.settings.get("seed"), run.looks, run.planned), *others]:
+        for there in _priced(looks, planned):
+            key, report = _claimed(there, seed, own["alpha"])
+            if key in found: report["alpha"] = max(report["alpha"], found[key]["alpha"])
+            found[key] = report
+    return [report for key, report in found.items() if key != mine]
 
 # %% ../nbs/1_records/05_runs.ipynb #50b91195
 def clear_leftovers(

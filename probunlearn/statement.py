@@ -13,12 +13,12 @@ import shlex
 import numpy as np
 
 # %% ../nbs/4_reports/03_statement.ipynb #3914048e
-from .bounds import binary_bound
+from .bounds import binary_bound, rounded
 from .data import Template
 from .page import drawing, filled, in_digits, percent, table
 from .plots import COLOURS, method_board, style
 from .questions import pooled_rate, stratified_betting, worst_question
-from .scores import score_answers
+from .scores import score_answers, score_name
 from .sequential import rate_ends
 
 # %% ../nbs/4_reports/03_statement.ipynb #a638aab7
@@ -43,18 +43,90 @@ def silence(
             f"a prompt that it doesn't know ({asked}): a chat model is asked through its chat template, which "
             f"load_model(…) does where the tokenizer has one; --prompt or template= override it."]
 
+# %% ../nbs/4_reports/03_statement.ipynb #1bfa82d8
+def _known_alpha(report):
+    "α of this report's claims, and of the same claims in all reports that are known, together; planned looks share one."
+    own = report.alpha * report.models
+    total = max(own * report.looks, own + sum(there["alpha"] for there in report.known))
+    return min(1.0, float(f"{total:.12g}"))         # 0.01 six times is 0.06, whatever floating point makes of it
+
+def _unpaid(report):
+    "Whether other reports cost more than this one's claims have paid for."
+    paid = report.alpha * report.models * report.looks
+    return _known_alpha(report) > paid * (1 + 1e-9)
+
+def one_of_several(
+    report,
+) -> list:      # of one text, or none
+    "What a claim says about the other reports that are known."
+    if not _unpaid(report): return []
+    return [f"one of {len(report.known) + 1:,} known reports with α = {rounded(_known_alpha(report))} together"]
+
+# %% ../nbs/4_reports/03_statement.ipynb #c29d776e
+def _named(there):
+    "A report as the ledger names it."
+    if there.get("lost"): return "an earlier one that can't be excluded, since run.json was lost"
+    return (f"{there['n']:,} draws, {there['score']} ≥ {there['leak_at']:g}, seed {there['seed']}, "
+            f"{there['sampling']} at α = {rounded(there['alpha'])}")
+
+def _same_draws(report, there):
+    "Whether another report makes the same claims on draws of the same seed."
+    what = score_name(report.score), report.leak_at, report.how.get("seed", report.forget.draws[0].seed)
+    return there.get("lost") or (there["score"], there["leak_at"], there["seed"]) == what
+
+def _listed(known, most=4):
+    "Other reports in a row."
+    return "; ".join([*map(_named, known[:most]), *[f"and {len(known) - most:,} more"] * (len(known) > most)])
+
+def _others(report):
+    "What this report and those before it cost together, in words."
+    listed, total = _listed(report.known), f"with probability at most {rounded(_known_alpha(report))}"
+    if all(_same_draws(report, there) for there in report.known):
+        return (f"These draws were reported on before ({listed}): an earlier claim and the same claim here are wrong, one or "
+                f"the other, {total}. A plan of looks before the first report shares one α.")
+    return (f"{len(report.known) + 1:,} reports on this model, these questions and this decoding are known, this one and: "
+            f"{listed}. Each claim stands for itself; one that was picked among these reports is wrong {total}.")
+
+def ledger(
+    report,
+) -> list:      # sentences, none where this is the only report that is known
+    "What was paid for looks and choices, and what this report costs together with those that are known."
+    said = []
+    if report.anytime and report.looks > 1:
+        said.append(f"Each claim was computed at α / {report.looks:,}, which pays for the looks, and for the sets of "
+                    "questions that grew or were chosen, before this report.")
+    return [*said, _others(report)] if _unpaid(report) else said
+
 # %% ../nbs/4_reports/03_statement.ipynb #8835ce13
+def _guaranteed(report):
+    "The two guarantees in one sentence; what anybody could say, at most 100 %, is said to be none."
+    average, worst = (float(report.bounds[name]) for name in ("average leak", "worst question"))
+    many = f"over these {len(report.x):,} questions" if len(report.x) > 1 else "for this question"
+    if average >= 1: return f"Nothing is guaranteed: these draws don't exclude that every answer leaks, {many}."
+    most = percent(average, "upper")
+    first = f"A sampled answer gives the secret away with probability at most {most} on average {many}"
+    if worst >= 1: return f"{first}, with {report.confidence}; for the worst of them nothing is guaranteed."
+    return (f"{first}, and at most {percent(worst, 'upper')} for the worst of them: two guarantees, each with "
+            f"{report.confidence}.")
+
+def _beyond_chance(report):
+    "What is guaranteed beyond chance, in one sentence; none without a control."
+    if not report.control: return []
+    count, most = int(float(report.bounds["questions beyond chance"])), float(report.bounds["average beyond chance"])
+    many, than = f"{len(report.x):,} questions", f"more than chance (control: {report.control_name})"
+    first = f"It leaks {than} on at least {count:,} of {many}"
+    if not count: first = f"On none of {many} is it sure to leak {than}"
+    above = percent(max(0., most), "upper")
+    return [f"{first}, and on average with a probability at most {above} above the control's, each with "
+            f"{report.confidence}."]
+
 def lead(
     report,
 ) -> str:       # two sentences; a third one before them where most answers are empty
     "What is guaranteed, for somebody who reads nothing else."
-    average, worst = (percent(float(report.bounds[name]), "upper") for name in ("average leak", "worst question"))
-    many = f"over these {len(report.x):,} questions" if len(report.x) > 1 else "for this question"
-    claim = (f"A sampled answer gives the secret away with probability at most {average} on average {many}, and at "
-             f"most {worst} for the worst of them: two guarantees, each with {report.confidence}.")
     drawn = f"{report.forget.way} ({report.x.shape[1]:,} to each question were)"
     scope = f"They hold for answers drawn at {drawn}, and a leak is {report.what_leaks}."
-    return " ".join([*silence(report), claim, scope])
+    return " ".join([*silence(report), _guaranteed(report), *_beyond_chance(report), scope])
 
 # %% ../nbs/4_reports/03_statement.ipynb #c0e39bb1
 def contrast(
@@ -80,9 +152,13 @@ def _tiles(report):
         (f"≤ {worst}", "leak probability of the worst question, guaranteed", "bound"),
         (f"{safe:,} {of}", "questions certified to leak in less than 1 % of answers", "bound"),
     ]
+    if report.control:
+        beyond = int(float(report.bounds["questions beyond chance"]))
+        words = f"questions that leak more than chance (control: {report.control_name}), guaranteed"
+        tiles.append((f"≥ {beyond:,} {of}", words, "bound"))
     if not report.retain: return tiles
-    kept = report.summary()["retain"]
-    return [*tiles, (f"{kept:.2f}", "score of greedy answers that should still be known", "")]
+    kept = report.summary()["retain_draws"]
+    return [*tiles, (f"{kept:.2f}", "score of sampled answers that should still be known", "")]
 
 # %% ../nbs/4_reports/03_statement.ipynb #c0cec049
 def _end(report, leaks, side):
@@ -261,6 +337,7 @@ def _evaluate_call(report):
     first = dict(n=report.x.shape[1], score=getattr(report.score, "__name__", report.score))
     then = f"leak_at={report.leak_at:g}, alpha={report.alpha * report.looks:g}"
     last = f"decoding=Decoding({decoding}), seed={d.seed}" + f", looks={planned!r}" * (planned != 1)
+    if report.control: last += f", control=load_model({report.how.get('control_source', report.control_name)!r})"
     start = "report = evaluate("
     return f"{start}model, load_qa(\"the questions\"), {_called(first)}, {then},\n{' ' * len(start)}{last})"
 
@@ -287,12 +364,14 @@ def again(
 _SHOWN = dict(
     greedy_score="greedy score", leaks="draws that leak", rate_lower="P(leak) ≥", rate_upper="P(leak) ≤",
     mean="mean score", mean_upper="mean score ≤", ed="ED", ed_upper="ED ≤",
-    certain_upper="P(leak) ≤ for certain", distinct="distinct answers")
+    control="control's draws that leak", net_lower="beyond chance ≥", net_upper="beyond chance ≤",
+    echoes="leaks that only repeat the question", certain_upper="P(leak) ≤ for certain", distinct="distinct answers")
 
 def _question_table(report, order):
     "Question by question, for the page."
     frame = report.to_frame()
     frame["greedy_score"] = frame.greedy_score.astype(object).where(~report.greedy_missing, "no answer came")
+    if not frame.echoes.any(): frame = frame.drop(columns="echoes")
     columns = [column for column in _SHOWN if column in frame]
     return table(frame.iloc[order][columns].rename(columns=_SHOWN))
 
@@ -335,7 +414,8 @@ def report_body(
 # %% ../nbs/4_reports/03_statement.ipynb #09589f22
 _COLUMNS = dict(
     greedy="greedy leaks", rate="draws leak", bound="average P(leak) ≤", worst="worst P(leak) ≤",
-    retain="retain, greedy", retain_draws="retain, draws", some_draw="questions with a leaking draw",
+    control="control leaks", beyond="beyond chance ≥",
+    retain_draws="retain, draws", retain="retain, greedy", some_draw="questions with a leaking draw",
     certain="average ≤ for certain", score="mean score", ed="ED", words="words", empty="empty",
     distinct="distinct", retain_distinct="retain distinct")
 _LEGEND = (
@@ -363,7 +443,8 @@ def board_lead(
     first = [f"Most answers are empty, and the bounds say little: {', '.join(silent)}."] * bool(silent)
     if not clean: return " ".join([*first, "Every model leaks in some greedy answer."])
     found = f"{len(clean)} of {len(rivals)} models give nothing away when only the greedy answer is tested"
-    return " ".join([*first, f"{found}; {some} of these {len(clean)} leak when people sample."])
+    drawn = _of_rows(board, lambda r: f"{r.x.size:,}")
+    return " ".join([*first, f"{found}; {some} of these {len(clean)} leaked in {drawn} draws."])
 
 # %% ../nbs/4_reports/03_statement.ipynb #8c13548c
 def _of_rows(board, say):
@@ -377,9 +458,28 @@ def _board_legend(board):
     first = board.reports[0]
     draws = _of_rows(board, lambda r: f"{r.x.shape[1]:,}")
     decoding = _of_rows(board, lambda r: r.forget.way)
-    sure = _of_rows(board, lambda r: r.confidence)
+    sure = _of_rows(board, lambda r: f"{r.confidence}, α = {rounded(r.alpha * r.looks * r.models)}")
     return (f"Forget questions: {len(first.x)}; a leak is {first.what_leaks}. Draws of each question: {draws}. "
-            f"Decoding: {decoding}. Each bound holds by itself with {sure}. {_LEGEND}")
+            f"Decoding: {decoding}. Each bound holds by itself with {sure}. {_control_legend(board)}{_LEGEND}")
+
+def _control_legend(board):
+    "What the control of a board is; empty without one."
+    names = dict.fromkeys(r.control_name for r in board.reports if r.control)
+    if not names: return ""
+    return (f"Control leaks: share of the draws of {', '.join(names)} that leak, by chance (the dashed line). Beyond "
+            "chance ≥: share of questions that leak more than the control, for sure, all of them together (Holm). ")
+
+def with_controls(
+    reports,        # of a board
+    ax,
+):                  # the same axes, with a line for each control
+    "What controls leak, as lines across the rows."
+    shares = {r.control_name: float((r.control_marked == 1).mean()) for r in reports if r.control}
+    for name, share in shares.items():
+        ax.axvline(share, ls="--", lw=1, color=COLOURS["draws"], zorder=0)
+        ax.annotate(f"control: {name}", (share, 0), xycoords=("data", "axes fraction"), xytext=(3, 3),
+                    textcoords="offset points", fontsize=7.5, rotation=90, va="bottom", color=COLOURS["draws"])
+    return ax
 
 # %% ../nbs/4_reports/03_statement.ipynb #af8d504f
 def board_body(
@@ -411,9 +511,10 @@ def board_card(
     digest: str = "",   # SHA-256 of the JSON
 ) -> str:               # Markdown
     "The leakage card of several models."
-    frame = _board_table(board, ("greedy", "some_draw", "rate", "bound", "worst", "retain"))
+    frame = _board_table(board, ("greedy", "some_draw", "rate", "bound", "worst", "control", "beyond", "retain_draws",
+                                 "retain"))
     rows = [[str(i), *map(in_digits, row, frame.columns)] for i, row in zip(frame.index, frame.to_numpy())]
     models = [dict(name=r.name, claims=r.claims) for r in board.reports]
     return filled(
         "board.md", name=board.name, lead=board_lead(board), rows=[["model", *frame.columns], *rows],
-        notes=board.notes, models=models, digest=digest)
+        legend=_board_legend(board), notes=board.notes, models=models, digest=digest)

@@ -349,13 +349,14 @@ def leak_probe(
     seed: int = 2**31,          # draws of its own, apart from those of an evaluation
     leak_at: float = 1.0,       # a draw leaks when its score is at least this
     alpha: float = 0.01,        # of the bound
-) -> Callable:                  # model → dict of mean scores and a bound
-    "A probe for `unlearn`: mean scores of greedy answers and of draws, and an upper bound on the average leak."
+) -> Callable:                  # model → dict of mean scores, a leak rate and its bound
+    "A probe for `unlearn`: mean scores of greedy answers, the share of draws that leak and an upper bound on it."
     def greedy(model, qas): return score_draws(model.greedy(qas, decoding), qas, score).mean()
     def probe(model):
         drawn = score_draws(model.draw(forget, n, decoding, seed, progress=False), forget, score)    # (question, draw)
-        bound = pooled_rate(leaked(drawn, leak_at).sum(1), n, alpha)
-        return dict(greedy_forget=greedy(model, forget), drawn_forget=drawn.mean(), leak_bound=float(bound),
+        leaks = leaked(drawn, leak_at)
+        bound = pooled_rate(leaks.sum(1), n, alpha)
+        return dict(greedy_forget=greedy(model, forget), drawn_forget=leaks.mean(), leak_bound=float(bound),
                     greedy_retain=greedy(model, retain))
     return probe
 
