@@ -93,6 +93,8 @@ class Versus:
     "chance that one claim is wrong"
     reference: str = ""
     "names of runs that are there for comparison only, separated by commas"
+    family: str = "each"
+    "each difference by itself; fwer: all of them jointly; fdr: also a list of the models that leak less"
     out: str = "versus.html"
     "the page to write"
 
@@ -102,7 +104,7 @@ class Versus:
         if len(folders) < 2: raise ValueError(f"versus compares at least two runs, got {self.runs!r}")
         reports = [_read(folder, self) for folder in folders]
         apart = tuple(filter(None, self.reference.split(",")))
-        board = versus(reports, alpha=self.alpha, reference=apart)
+        board = versus(reports, alpha=self.alpha, reference=apart, family=self.family)
         _print_versus(board)
         print(f"report: {board.save(self.out)}")
 
