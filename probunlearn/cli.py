@@ -19,6 +19,7 @@ from .choices import LISTED, by_letter, by_text, letter_counts, lettered, right_
 from .data import Template, fictional_authors, load_qa
 from .draws import Decoding
 from .evaluation import evaluate, run_cost
+from .files import write_text
 from .judges import PHRASE_SCORES
 from .loop import TrainConfig, finetune
 from .models import add_lora, load_model, small_model
@@ -72,7 +73,7 @@ def _save(model, out, history):
     "Write the trained model, and what was measured on the way."
     model.save(out)
     if processes()[0]: return           # one process of several writes
-    history.to_frame().to_csv(out/"history.csv", index=False)
+    write_text(out/"history.csv", history.to_frame().to_csv(index=False))
     print("\n".join([f"saved to {out}; history.csv has {len(history.rows)} updates", *history.notes]))
 
 # %% ../nbs/9_together/06_cli.ipynb #31feb7f5

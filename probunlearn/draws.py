@@ -119,6 +119,24 @@ def draws_from_tokens(
     return Draws(id, [decode(s) for s in first], index, logprobs=np.asarray(logprobs, float)[at],
                  tokens=list(first), finished=finished, **how)
 
+# %% ../nbs/1_records/04_draws.ipynb #c874816e
+def _is_text(text):
+    "Whether a text can be stored: it has no halves of characters."
+    try: text.encode()
+    except UnicodeEncodeError: return False
+    return True
+
+def storable(
+    draws: Draws,
+) -> Draws:             # the same, unless an answer can't be stored: its draws are lost for good
+    "Draws that a file can hold."
+    odd = [not _is_text(text) for text in draws.answers]
+    lost = {i: why if _is_text(why) else why.encode(errors="replace").decode() for i, why in draws.lost.items()}
+    if not any(odd): return replace(draws, lost=lost)
+    gone = np.append(odd, False)[draws.index]                   # index -1, a missing draw, reads the last
+    lost |= {int(i): "half a character in the answer (a lone surrogate)" for i in np.flatnonzero(gone)}
+    return _chosen(replace(draws, lost=lost), np.where(gone, -1, draws.index))
+
 # %% ../nbs/1_records/04_draws.ipynb #44c611d2
 def draws_from_texts(
     id: str,            # the question's id
@@ -237,8 +255,22 @@ def _how(metadata):
         raise ValueError("what it says about how it was drawn is damaged")
     return how | dict(decoding=Decoding(**how["decoding"]))
 
+def _check_columns(table):
+    "ValueError unless a table has the columns of draws, in their types, and log-probabilities that are some."
+    import pyarrow as pa
+    types = dict(answer=pa.string(), logprob=pa.float64(), tokens=pa.list_(pa.int32()), finished=pa.bool_(),
+                 lost=pa.string())
+    for name, kind in types.items():
+        if name not in table.column_names:
+            if name != "lost": raise ValueError(f"it has no column {name}")
+        elif not table.schema.field(name).type.equals(kind):
+            raise ValueError(f"its column {name} holds {table.schema.field(name).type}, not {kind}")
+    logprobs = table["logprob"].to_numpy()
+    if (logprobs > 1e-4).any(): raise ValueError("a log-probability lies above 0")
+
 def _from_table(table):
     "The draws that a table written by `save_draws` holds."
+    _check_columns(table)
     texts, tokens = table["answer"].to_pylist(), table["tokens"].to_pylist()
     keys = [None if text is None else (text, tuple(ids or ())) for text, ids in zip(texts, tokens)]
     first = {}

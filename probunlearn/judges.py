@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .bounds import binary_bound, leaked, rounded
 from .data import QA, Template, check_unique
 from .draws import Decoding, _chosen, fingerprint
-from .files import json_lines, write_text
+from .files import alone, json_lines, write_text
 from .judged import Calibration, calibrate, judged_bound
 from .metrics import dataset_claims
 from .models import Model
@@ -418,8 +418,9 @@ class _Labels:
 
     def write(self):
         if not self.fresh: return
-        labels = _kept(self.out) | self.fresh               # another process may have written in the meantime
-        write_text(self.out, "".join(json.dumps(dict(key=k, label=v)) + "\n" for k, v in labels.items()))
+        with alone(self.out):
+            labels = _kept(self.out) | self.fresh           # another process may have written in the meantime
+            write_text(self.out, "".join(json.dumps(dict(key=k, label=v)) + "\n" for k, v in labels.items()))
         self.fresh.clear()
         self.written = time.monotonic()
 

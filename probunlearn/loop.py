@@ -22,7 +22,7 @@ from transformers import get_scheduler
 # %% ../nbs/8_unlearning/05_loop.ipynb #96e339fa
 from .batches import batch_stats, check_packing, encode_all, processes, record_order
 from .checks import chosen, is_whole, need
-from .checkpoints import Memory, load_checkpoint, memory_needed, read_notes, save_checkpoint
+from .checkpoints import Memory, broken, load_checkpoint, memory_needed, read_notes, save_checkpoint
 from .checkpoints import set_weights, trainable_weights
 from .draws import fingerprint
 from .losses import answer_mean
@@ -271,10 +271,26 @@ def _begin(model, config, updates, rows):
     if file and file.exists(): _resume(run)
     return run
 
+def _is_row(row, step):
+    "Whether a row of a history is that of an update."
+    return isinstance(row, dict) and row.get("step") == step and all(type(v) in (int, float) for v in row.values())
+
+def _check_notes(file, notes):
+    "ValueError unless the plain values of a checkpoint are those of a run: its identity, a row per update, the best."
+    run, rows, best = (notes.get(name) for name in ("run", "rows", "best"))
+    if not isinstance(run, dict): raise broken(file, "its notes tell no run")
+    if not isinstance(rows, list) or not all(_is_row(row, i) for i, row in enumerate(rows, 1)):
+        raise broken(file, "its notes have no row of numbers for each update")
+    if best is not None and not (isinstance(best, list) and len(best) == 2 and best[0] in range(1, len(rows) + 1)):
+        raise broken(file, f"the best update is {best!r}")
+
 def _resume(run):
-    "Take up a run where its checkpoint stood."
+    "Take up a run where its checkpoint stood; ValueError when that isn't whole, or another run's."
     notes = read_notes(run.file)
+    _check_notes(run.file, notes)
     _check_same_run(run.file, notes["run"], run.identity)
+    if len(notes["rows"]) > run.updates:
+        raise broken(run.file, f"it is {len(notes['rows'])} updates far, and the run has {run.updates}")
     run.best = load_checkpoint(run.file, run.wrapped, run.optimizer.optimizer)
     run.best_at = notes["best"]
     run.history = History(notes["rows"])
