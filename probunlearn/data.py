@@ -19,7 +19,7 @@ import warnings
 
 # %% ../nbs/1_records/01_data.ipynb #8479ff52
 from .checks import chosen
-from .files import json_lines
+from .files import is_path, json_lines, parsed
 
 # %% ../nbs/1_records/01_data.ipynb #51ee3926
 def _check_text(qa, name):
@@ -27,6 +27,14 @@ def _check_text(qa, name):
     value = getattr(qa, name)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"QA.{name} must be a non-empty string, got {value!r}")
+
+def _check_whole(texts):
+    "ValueError for half a character (a lone surrogate), which no tokenizer and no file can take."
+    for text in texts:
+        try: text.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(f"a record holds half a character (a lone surrogate) at position {e.start} of "
+                             f"{text[:60]!r}: write the file anew, with text that is whole") from None
 
 def _tuple_of_texts(qa, name):
     "A field that lists texts, as a tuple; ValueError when it holds something else."
@@ -55,6 +63,7 @@ class QA:
         # a list would make the record unhashable, and unequal to the one that a run folder gives back
         for name in ("keywords", "perturbed_answers", "choices", "alternatives"):
             object.__setattr__(self, name, _tuple_of_texts(self, name))
+        _check_whole([text for value in vars(self).values() for text in ([value] if isinstance(value, str) else value)])
         if self.alternatives and not self.answer:
             raise ValueError(f"QA.answer must be the first accepted answer, {self.alternatives[0]!r}, not empty")
         if self.choices and self.answer and self.answer not in self.choices:
@@ -198,9 +207,8 @@ def file_text(
 def _json_rows(path):
     "The rows of a file with one list, one object, or one JSON object per line."
     text = file_text(path)
-    try: whole = json.loads(text)
-    except json.JSONDecodeError as e:
-        return list(json_lines(text, path, f"; nor is the file as a whole JSON: {e}"))
+    try: whole = parsed(text, "it")
+    except ValueError as e: return list(json_lines(text, path, f"; nor is the file as a whole JSON: {e}"))
     if isinstance(whole, dict): return [whole]
     if isinstance(whole, list) and all(isinstance(row, (dict, str)) for row in whole): return whole
     return list(json_lines(text, path))
@@ -285,8 +293,8 @@ def _local_file(source, name):
     path = Path(source)
     if path.is_dir(): return _folder_file(path, name)
     if path.is_file(): return path
-    if path.suffix.lower() in _SUFFIXES or path.is_absolute():
-        raise FileNotFoundError(f"no such file or folder: {source}")
+    if path.suffix.lower() in _SUFFIXES or is_path(source):
+        raise FileNotFoundError(f"no such file or folder: {source} (and no hub is asked for a path)")
 
 def _hub_rows(source, name, split):
     "The rows of one split of a hub data set; \"behaviors/harmful\" is the split harmful of its part behaviors."
@@ -446,6 +454,8 @@ class Template:
     system: str = ""                                # system message of a chat
 
     def __post_init__(self):
+        if not isinstance(self.system, str): raise ValueError(f"a template's system message is a text, got {self.system!r}")
+        _check_whole([text for text in (self.prompt, self.answer, self.system) if isinstance(text, str)])
         if _holds(self.prompt, "question") and _holds(self.answer, "answer"): return
         raise ValueError("a template needs {question} in its prompt and {answer} in its answer, and every other brace "
                          f"doubled ({{{{ or }}}}), got {self.prompt!r} and {self.answer!r}")

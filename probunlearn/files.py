@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import unicodedata
 
 # %% ../nbs/1_records/00_files.ipynb #90db2c01
@@ -115,6 +116,59 @@ def write_together(
         for temporary, path in zip(temporaries[1:], others): DISK.rename(temporary, path)
         DISK.sync_folder(first.parent)
 
+# %% ../nbs/1_records/00_files.ipynb #132ab108
+_STAGED, _NAMES = ".saved", ".names"     # a folder whose files are on the way to their places, and the list of them
+
+def finish(
+    folder,             # where `replacing_folder` wrote, or perhaps nobody
+    first: str,         # the file without which the folder is nothing
+    stale=(),           # patterns of files that go away when the new ones are others
+) -> None:              # OSError when the disk refuses
+    "Bring the files of a decided save to their places."
+    folder, staged = Path(folder), Path(folder)/_STAGED
+    if not staged.is_dir(): return
+    if (staged/_NAMES).exists():
+        names = (staged/_NAMES).read_text(encoding="utf-8").splitlines()
+        if (staged/first).exists(): DISK.remove(folder/first)
+        DISK.sync_folder(folder)
+        for old in (old for pattern in stale for old in folder.glob(pattern)):
+            if old.name not in names: DISK.remove(old)
+        for name in sorted(names, key=first.__eq__):        # the first file comes last
+            (folder/name).parent.mkdir(parents=True, exist_ok=True)
+            if (staged/name).exists(): DISK.rename(staged/name, folder/name)
+        DISK.sync_folder(folder)
+    shutil.rmtree(staged, ignore_errors=True)
+
+def _settle(staged):
+    "Push a folder's files to the disk, and list them in it."
+    files = [path for path in sorted(staged.rglob("*")) if path.is_file()]
+    for path in files:
+        with open(path, "rb") as file: DISK.sync(file)
+    write_text(staged/_NAMES, "\n".join(path.relative_to(staged).as_posix() for path in files))
+
+@contextmanager
+def replacing_folder(
+    folder,             # made when missing; what isn't replaced stays
+    first: str,         # the file without which the folder is nothing
+    stale=(),           # patterns of files that go away when the new ones are others
+):                      # context manager that gives an empty folder to write into; OSError when the disk refuses
+    "Replace the files of a folder that belong together, all or none."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    finish(folder, first, stale)
+    staged = _temporary(folder/_STAGED)
+    try:
+        staged.mkdir()
+        yield staged
+        _settle(staged)
+        DISK.rename(staged, folder/_STAGED)
+        DISK.sync_folder(folder)
+    except BaseException as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        if not isinstance(error, OSError): raise
+        raise unwritten(folder, error) from error
+    finish(folder, first, stale)
+
 # %% ../nbs/1_records/00_files.ipynb #9d2943d8
 def _is_same(file, path):
     "Whether an open file is still the one at its path."
@@ -161,6 +215,20 @@ def json_lines(
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} is not a JSON object: {line.strip()[:60]!r}{because}")
         yield row
+
+# %% ../nbs/1_records/00_files.ipynb #405eb439
+_FOLDERS = ("checkpoint checkpoints ckpt ckpts data dataset datasets download downloads exp exps experiment experiments "
+            "home lm lms mnt model models out output outputs result results root run runs save saved scratch tmp train "
+            "trained unlearned usr var weights work workspace").split()
+
+def is_path(
+    source,             # path or hub id
+) -> bool:              # whether it can only mean something on the disk
+    "Whether a source begins like a path, is one with several steps, or names a folder that is here or usual."
+    text = str(source)
+    if isinstance(source, Path) or Path(text).is_absolute() or text.startswith((".", "~")) or "\\" in text: return True
+    folder, slash, _ = text.partition("/")
+    return text.count("/") > 1 or bool(slash) and (Path(folder).is_dir() or folder.lower() in _FOLDERS)
 
 # %% ../nbs/1_records/00_files.ipynb #73d3ea7b
 def _obeyed(c):

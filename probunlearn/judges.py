@@ -33,7 +33,7 @@ from .models import Model
 from .questions import pooled_rate
 from .sampling import encode_prompts
 from .scores import SCORES, plain, score_name
-from .weights import best_device
+from .weights import best_device, check_source
 
 # %% ../nbs/7_judges/01_judges.ipynb #7c914617
 # how refusals begin, in lower case
@@ -121,9 +121,11 @@ def _loaded(encoder, kind, device):
     "(model, tokenizer) from a folder, a hub id or a pair; FileNotFoundError when there is none."
     import transformers
     if isinstance(encoder, tuple): return encoder
+    check_source(encoder)
+    safe = dict(trust_remote_code=False)        # None would ask on the terminal
     try:
-        model = getattr(transformers, kind).from_pretrained(encoder)
-        tok = transformers.AutoTokenizer.from_pretrained(encoder)
+        model = getattr(transformers, kind).from_pretrained(encoder, weights_only=True, **safe)
+        tok = transformers.AutoTokenizer.from_pretrained(encoder, **safe)
     except OSError as e:
         raise FileNotFoundError(f"{encoder!r} is neither a model folder nor on the hub or in its cache ({e}). "
                                 "Offline, download it and pass the folder.") from e
