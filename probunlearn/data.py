@@ -31,10 +31,10 @@ def _check_text(qa, name):
 def _check_whole(texts):
     "ValueError for half a character (a lone surrogate), which no tokenizer and no file can take."
     for text in texts:
-        try: text.encode()
+        try: isinstance(text, str) and text.encode()
         except UnicodeEncodeError as e:
-            raise ValueError(f"a record holds half a character (a lone surrogate) at position {e.start} of "
-                             f"{text[:60]!r}: write the file anew, with text that is whole") from None
+            raise ValueError(f"{text[:60]!r} holds half a character (a lone surrogate) at position {e.start}: "
+                             "write it anew, with whole characters") from None
 
 def _tuple_of_texts(qa, name):
     "A field that lists texts, as a tuple; ValueError when it holds something else."
@@ -63,7 +63,6 @@ class QA:
         # a list would make the record unhashable, and unequal to the one that a run folder gives back
         for name in ("keywords", "perturbed_answers", "choices", "alternatives"):
             object.__setattr__(self, name, _tuple_of_texts(self, name))
-        _check_whole([text for value in vars(self).values() for text in ([value] if isinstance(value, str) else value)])
         if self.alternatives and not self.answer:
             raise ValueError(f"QA.answer must be the first accepted answer, {self.alternatives[0]!r}, not empty")
         if self.choices and self.answer and self.answer not in self.choices:
@@ -158,6 +157,7 @@ def _made(row, id, columns):
     if not isinstance(row, dict):
         raise ValueError(f"a row is a dict such as dict(question=…, answer=…), got {str(row)[:60]}")
     row = _renamed(row, columns)
+    _check_whole([text for value in row.values() for text in (value if isinstance(value, (list, tuple)) else [value])])
     own = as_text(row.get("id"))
     answer, choices = _choice(row)
     return QA(
@@ -455,7 +455,7 @@ class Template:
 
     def __post_init__(self):
         if not isinstance(self.system, str): raise ValueError(f"a template's system message is a text, got {self.system!r}")
-        _check_whole([text for text in (self.prompt, self.answer, self.system) if isinstance(text, str)])
+        _check_whole([self.prompt, self.answer, self.system])
         if _holds(self.prompt, "question") and _holds(self.answer, "answer"): return
         raise ValueError("a template needs {question} in its prompt and {answer} in its answer, and every other brace "
                          f"doubled ({{{{ or }}}}), got {self.prompt!r} and {self.answer!r}")
@@ -478,6 +478,7 @@ def encode_prompt(
     template: Template = Template(),
 ) -> list:                              # of token ids
     "The token ids that the model is prompted with."
+    _check_whole([question])
     ids = tok(template.texts(tok, question)[0], add_special_tokens=not template.chat)["input_ids"]
     ended = ids and ids[-1] == tok.eos_token_id and not template.chat
     return ids[:-1] if ended else ids
