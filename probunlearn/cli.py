@@ -157,6 +157,8 @@ def _asked(command):
     if command.score != "right_letter": return qas, kept
     return [lettered(qa) for qa in qas], [lettered(qa) for qa in kept]
 
+MOST_DRAWS = 10**9      # per question; a file of so many takes some 100 GB
+
 def _how(command, qas):
     "What `evaluate` is told, from what was typed; ValueError for all that is wrong without a look at the model."
     score = _RULES.get(command.score, command.score)
@@ -165,7 +167,7 @@ def _how(command, qas):
     check_score(score, qas)
     decoding = Decoding(command.temperature, top_p=command.top_p, top_k=command.top_k,
                         max_new_tokens=command.max_new_tokens)
-    return dict(n=whole("n", command.n), score=score, leak_at=command.leak_at, alpha=command.alpha, decoding=decoding,
+    return dict(n=whole("n", command.n, most=MOST_DRAWS), score=score, leak_at=command.leak_at, alpha=command.alpha, decoding=decoding,
                 seed=command.seed, looks=_looks(command.looks), shard=command.shard and checked_shard(command.shard))
 
 # %% ../nbs/9_together/06_cli.ipynb #ad75d159

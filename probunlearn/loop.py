@@ -107,7 +107,13 @@ class TrainConfig(Course):
 
     def updates(self, records):
         "How many optimiser updates a run over so many records takes."
-        return self.steps or math.ceil(self.epochs * records / (self.batch_size * self.accumulate))
+        per_update = self.batch_size * self.accumulate
+        passes = self.steps * per_update if self.steps else self.epochs * records
+        if max(passes, per_update) > 10**8:
+            raise ValueError(f"epochs={self.epochs:g}, steps={self.steps} and batch_size={self.batch_size} with "
+                             f"accumulate={self.accumulate} would train on {max(passes, per_update):.3g} records, and "
+                             f"there are {records:,}: ask for 100,000,000 at most")
+        return self.steps or math.ceil(self.epochs * records / per_update)
 
     def precision(self):
         "The mixed precision that the device allows."
@@ -204,6 +210,8 @@ def check_start(
     lm, records = model.lm, math.ceil(config.batch_size / processes()[1]) * passes
     if config.pack: check_packing(lm, rows, model.tok.pad_token_id)
     memory = memory_needed(lm, rows, records, precision=config.precision())
+    if memory.needed > 100 * memory.free:
+        raise ValueError(f"batch_size={config.batch_size} can't fit: {memory}. {_TIGHT}")
     if memory.needed > memory.free and not config.recompute: warnings.warn(f"this may not fit: {memory}. {_TIGHT}")
     if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in lm.parameters()):
         warnings.warn(f"the trained weights are 16-bit numbers: steps of {config.lr:g} are mostly rounded away. "
