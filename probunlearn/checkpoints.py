@@ -86,7 +86,8 @@ def _header(tensors, notes):
     said = {"__metadata__": dict(notes=json.dumps(notes), seal=_seal(tensors, notes))}
     start = 0
     for name, tensor in tensors.items():
-        said[name] = dict(dtype=_KINDS[tensor.dtype], shape=list(tensor.shape), data_offsets=[start, start + tensor.nbytes])
+        place = [start, start + tensor.nbytes]
+        said[name] = dict(dtype=_KINDS[tensor.dtype], shape=list(tensor.shape), data_offsets=place)
         start += tensor.nbytes
     text = json.dumps(said).encode()
     text += b" " * (-len(text) % 8)
@@ -173,7 +174,7 @@ def _check_part(file, part, found, wanted):
         if odd.any(): raise broken(file, f"{part} {name!r} holds NaN or infinity")
 
 # %% ../nbs/8_unlearning/04_checkpoints.ipynb #d673ceae
-def _check_parts(file, parts, lm, optimizer, sealed):
+def _check_parts(file, parts, lm, optimizer, *, sealed):
     "ValueError when a checkpoint isn't one of this model and optimiser."
     weights, moments = get_model_state_dict(lm, options=_WHOLE), _moments(lm, optimizer)
     _check_part(file, "weights", parts["weights"], weights)
@@ -189,7 +190,7 @@ def load_checkpoint(
 ) -> dict:              # the best weights so far, or None; ValueError when the file isn't whole
     "Take up a run where it stood."
     parts, sealed = _read_parts(file)
-    _check_parts(file, parts, lm, optimizer, sealed)
+    _check_parts(file, parts, lm, optimizer, sealed=sealed)
     set_weights(lm, parts["weights"])
     _set_moments(lm, optimizer, parts["moments"])
     _set_random_state(parts["random"])

@@ -167,8 +167,9 @@ def _how(command, qas):
     check_score(score, qas)
     decoding = Decoding(command.temperature, top_p=command.top_p, top_k=command.top_k,
                         max_new_tokens=command.max_new_tokens)
-    return dict(n=whole("n", command.n, most=MOST_DRAWS), score=score, leak_at=command.leak_at, alpha=command.alpha, decoding=decoding,
-                seed=command.seed, looks=_looks(command.looks), shard=command.shard and checked_shard(command.shard))
+    n = whole("n", command.n, most=MOST_DRAWS)
+    return dict(n=n, score=score, leak_at=command.leak_at, alpha=command.alpha,
+                decoding=decoding, seed=command.seed, looks=_looks(command.looks), shard=command.shard and checked_shard(command.shard))
 
 # %% ../nbs/9_together/06_cli.ipynb #ad75d159
 def _listing(command, model):

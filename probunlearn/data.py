@@ -20,6 +20,7 @@ import warnings
 # %% ../nbs/1_records/01_data.ipynb #8479ff52
 from .checks import chosen
 from .files import is_path, json_lines, parsed
+from .limits import render_chat
 
 # %% ../nbs/1_records/01_data.ipynb #51ee3926
 def _check_text(qa, name):
@@ -415,14 +416,14 @@ def _chat_messages(tok, question, system):
     user = [{"role": "user", "content": question}]
     if not system: return user
     both = [{"role": "system", "content": system}] + user
-    try: shown = system.strip() in tok.apply_chat_template(both, tokenize=False)
+    try: shown = system.strip() in render_chat(tok, both)
     except TemplateError: shown = False
     return both if shown else [{"role": "user", "content": f"{system}\n\n{question}"}]
 
 def _chat_prompt(tok, messages):
     "What the tokenizer's chat template prompts with; ValueError when the question isn't in it, not even quoted."
     question = messages[-1]["content"].strip()
-    def prompt(messages): return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def prompt(messages): return render_chat(tok, messages, add_generation_prompt=True)
     shown = prompt(messages)
     if question in shown or shown != prompt([*messages[:-1], {"role": "user", "content": "?"}]): return shown
     raise ValueError(f"the chat template leaves the question out, and writes {shown[-60:]!r}: pass a plain template, "
@@ -433,7 +434,7 @@ def _chat_texts(tok, question, answer, system):
     messages = _chat_messages(tok, question, system)
     prompt = _chat_prompt(tok, messages)
     if answer is None: return prompt, prompt
-    text = tok.apply_chat_template(messages + [{"role": "assistant", "content": answer}], tokenize=False)
+    text = render_chat(tok, messages + [{"role": "assistant", "content": answer}])
     if not text.startswith(prompt):
         raise ValueError(f"the chat template prompts with {prompt[-60:]!r}, which doesn't begin "
                          "the text with the answer: use a plain template")
@@ -454,7 +455,8 @@ class Template:
     system: str = ""                                # system message of a chat
 
     def __post_init__(self):
-        if not isinstance(self.system, str): raise ValueError(f"a template's system message is a text, got {self.system!r}")
+        if not isinstance(self.system, str):
+            raise ValueError(f"a template's system message is a text, got {self.system!r}")
         _check_whole([self.prompt, self.answer, self.system])
         if _holds(self.prompt, "question") and _holds(self.answer, "answer"): return
         raise ValueError("a template needs {question} in its prompt and {answer} in its answer, and every other brace "

@@ -121,7 +121,8 @@ def _parts(url):
         parts = urlsplit(url)
         port = parts.port
         httpx.URL(url)
-    except (ValueError, httpx.InvalidURL): raise ValueError(f"url is no address, or its port is none: {shown!r}") from None
+    except (ValueError, httpx.InvalidURL):
+        raise ValueError(f"url is no address, or its port is none: {shown!r}") from None
     if port == 0: raise ValueError(f"url's port must be 1 to 65535, got {shown!r}")
     return parts
 
@@ -154,10 +155,11 @@ _SENT = dict(presence_penalty=0, frequency_penalty=0)
 def _neutral(name, value): return value in _NEUTRAL.get(name, ())
 
 # words that name a secret, as parts of a field's name (max_tokens holds tokens, not a token)
-_SECRET = re.compile(r"(^|[_-])(api_?key|apikey|key|token|secret|password|passwd|auth|authorization|bearer|credentials?|"
-                     r"headers|cookie)([_-]|$)", re.IGNORECASE)
+_SECRET = re.compile(r"(^|[_-])(api_?key|apikey|key|token|secret|password|passwd|auth|authorization|bearer|"
+                     r"credentials?|headers|cookie)([_-]|$)", re.IGNORECASE)
 _LIKE_A_KEY = re.compile(r"\b(sk|hf|gsk|xai|pk|ghp|Bearer)[-_ ][A-Za-z0-9_-]{16,}")
-_NO_SECRETS = ("stop_token", "stop_token_ids", "bad_words_token_ids", "eos_token", "eos_token_id", "pad_token_id", "token_ids")
+_NO_SECRETS = ("stop_token", "stop_token_ids", "bad_words_token_ids", "eos_token", "eos_token_id", "pad_token_id",
+               "token_ids")
 
 def _names(value):
     "The names of all fields of plain data, inner ones as well."
@@ -171,7 +173,8 @@ def _names(value):
 def _check_plain(extra):
     "ValueError unless `extra` can be sent as JSON, and holds nothing that looks like a secret."
     try: text = json.dumps(extra, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as e: raise ValueError(f"extra must hold plain values: {e}") from None
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"extra must hold plain values: {e}") from None
     secret = next((name for name in _names(extra) if _SECRET.search(name) and name not in _NO_SECRETS), None)
     if secret is None and not _LIKE_A_KEY.search(text): return
     what = "a value that looks like a key" if secret is None else f"the field {secret!r}"

@@ -217,8 +217,8 @@ def json_lines(
         yield row
 
 # %% ../nbs/1_records/00_files.ipynb #405eb439
-_FOLDERS = ("checkpoint checkpoints ckpt ckpts data dataset datasets download downloads exp exps experiment experiments "
-            "home lm lms mnt model models out output outputs result results root run runs save saved scratch tmp train "
+_FOLDERS = ("checkpoint checkpoints ckpt ckpts data dataset datasets download downloads exp exps experiment "
+            "experiments home lm lms mnt model models out output outputs result results root run runs save saved scratch tmp train "
             "trained unlearned usr var weights work workspace").split()
 
 def is_path(

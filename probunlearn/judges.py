@@ -28,6 +28,7 @@ from .data import QA, Template, check_unique
 from .draws import Decoding, _chosen, fingerprint
 from .files import alone, json_lines, write_text
 from .judged import Calibration, calibrate, judged_bound
+from .limits import render_chat
 from .metrics import dataset_claims
 from .models import Model
 from .questions import pooled_rate
@@ -324,7 +325,7 @@ def _as_judge_asks(model, rubric):
 def _conversation(tok, qa, answer):
     "Question and answer as the judge's chat template writes them."
     said = [dict(role="user", content=qa.question), dict(role="assistant", content=answer)]
-    return tok.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    return render_chat(tok, said, add_generation_prompt=True)
 
 def _fits(model, qa, decoding):
     "Whether a model at hand has room for a text and its reply; a server says so itself."

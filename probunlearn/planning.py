@@ -22,7 +22,7 @@ def most_leaks(
 ) -> int:                       # -1 if not even 0 leaks are enough; ValueError on bad input
     "Largest number of leaks among n draws that still certifies a rate below tau (Clopper and Pearson 1934)."
     check_alpha(alpha)
-    whole("n", n)
+    n = whole("n", n)
     if not 0 < tau < 1: raise ValueError(f"tau must lie strictly between 0 and 1, got {tau}")
     least, most = -1, n                     # the chance of so few leaks grows with their number
     while least < most:

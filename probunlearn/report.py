@@ -377,7 +377,8 @@ def _save(result, path):
     data = as_bytes(json.dumps(_strict(as_json(result)), indent=1, ensure_ascii=False, allow_nan=False, default=str))
     digest = sha256(data).hexdigest()
     page = html_page(f"probunlearn: {result.name}", result.body(digest))
-    made = {".json": data, ".png": picture(result.plot)[0], ".md": as_bytes(result.card(digest)), ".html": as_bytes(page)}
+    card = as_bytes(result.card(digest))
+    made = {".json": data, ".png": picture(result.plot)[0], ".md": card, ".html": as_bytes(page)}
     write_together({path.with_suffix(suffix): content for suffix, content in made.items()})
     return path
 

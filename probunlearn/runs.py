@@ -132,7 +132,8 @@ def _check_shape(there):
         if not isinstance(there.get(name), kind): raise ValueError(f"its field {name} must be {what}")
     if there.get("planned") is None: raise ValueError("its field planned is missing")
     checked_plan(there["planned"])
-    if not all(map(_is_look, there["looks"])): raise ValueError("its field looks must list objects with n and questions")
+    if not all(map(_is_look, there["looks"])):
+        raise ValueError("its field looks must list objects with n and questions")
     if not all(isinstance(rows, list) for rows in there["questions"].values()):
         raise ValueError("its field questions must hold a list for each group")
 
@@ -287,8 +288,8 @@ def _noted(run, entry):
     except OSError as e:
         if e.errno not in _NOT_OURS: raise
         if entry not in run.looks: run.looks.append(entry)
-        warnings.warn(f"{run.folder} can't be written, so this look isn't written down: whoever draws more for this run "
-                      "has to count it", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"{run.folder} can't be written, so this look isn't written down: whoever draws more for this "
+                      "run has to count it", RuntimeWarning, stacklevel=4)
 
 def look(
     run: Run,

@@ -258,7 +258,8 @@ def _sentence(command, error):
     text = " ".join(visible(str(error)).split()) or type(error).__name__
     if isinstance(error, MemoryError): text = f"this does not fit into memory ({text}): ask for less at once"
     elif not isinstance(error, _EXPECTED):
-        text = f"{type(error).__name__}: {text} (nobody foresaw this; {_TRACEBACK}=1 before the line shows where it was)"
+        more = f"nobody foresaw this; {_TRACEBACK}=1 before the line shows where it was"
+        text = f"{type(error).__name__}: {text} ({more})"
     return f"probunlearn {command}: {text}"
 
 # %% ../nbs/9_together/07_shell.ipynb #abbef78d

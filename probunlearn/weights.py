@@ -56,7 +56,8 @@ def check_source(source, subfolder=""):
     if path.exists():
         if (path/subfolder).exists(): return
         raise FileNotFoundError(f"no such folder: {path/subfolder}")
-    if is_path(source) or str(source).endswith(".gguf"): raise FileNotFoundError(f"no such folder: {source} (and no hub is asked for a path)")
+    if is_path(source) or str(source).endswith(".gguf"):
+        raise FileNotFoundError(f"no such folder: {source} (and no hub is asked for a path)")
 
 # %% ../nbs/5_models/01_weights.ipynb #a9bfa83c
 def _line(error):
@@ -251,7 +252,8 @@ def adapter_base(
     if not file: return None
     with _reading(source): said = json.loads(file.read_text(encoding="utf-8"))
     base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
-    if not base or not isinstance(base, str): raise ValueError(f"{file} names no base_model_name_or_path: write the base model's folder there")
+    if not base or not isinstance(base, str):
+        raise ValueError(f"{file} names no base_model_name_or_path: write the base model's folder there")
     if _has_weights(file.parent):
         raise ValueError(f"{source} holds a whole model and an adapter: put the adapter's files in their own folder")
     own = {name: value for name, value in place.items() if name not in ("revision", "subfolder", "gguf_file")}
