@@ -65,6 +65,7 @@ def _announce(model):
 # %% ../nbs/9_together/06_cli.ipynb #533305dc
 def _trainable(command, template):
     "The model that a command trains: with adapters, or with all its weights as 32-bit numbers."
+    whole("lora", command.lora, 0)
     model = _model(command.model, template, **{} if command.lora else dict(dtype=torch.float32))
     _announce(model)
     return add_lora(model, command.lora, seed=command.seed) if command.lora else model

@@ -6,6 +6,7 @@
 __all__ = ['Decoding', 'Draws', 'draws_from_texts', 'save_draws', 'load_draws']
 
 # %% ../nbs/1_records/04_draws.ipynb #e9f013f5
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from numbers import Real
@@ -15,8 +16,8 @@ import json
 import numpy as np
 
 # %% ../nbs/1_records/04_draws.ipynb #238b5a3e
-from .checks import is_whole
-from .files import replacing
+from .checks import is_whole, whole
+from .files import parsed, replacing
 
 # %% ../nbs/1_records/04_draws.ipynb #d3f56169
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def save_draws(
 # %% ../nbs/1_records/04_draws.ipynb #107d4f18
 def _how(metadata):
     "What a file says about how its draws were made; ValueError when that is damaged."
-    how = json.loads(metadata[b"probunlearn"])
+    how = parsed(metadata[b"probunlearn"], "what it says about itself")
     if metadata.get(b"fingerprint", fingerprint(how).encode()) != fingerprint(how).encode():
         raise ValueError("what it says about how it was drawn is damaged")
     return how | dict(decoding=Decoding(**how["decoding"]))
@@ -286,6 +287,21 @@ def _from_table(table):
                  finished=distinct(table["finished"]), lost={i: why for i, why in enumerate(lost) if why is not None},
                  **_how(table.schema.metadata))
 
+# %% ../nbs/1_records/04_draws.ipynb #aa3c3d15
+_BROKEN = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, MemoryError)
+
+@contextmanager
+def _reading(path):
+    "ValueError with a file's name for whatever a damaged one causes; pyarrow's own words name no file."
+    import pyarrow as pa
+    try: yield
+    except (pa.ArrowException, *_BROKEN) as e: error = e
+    except OSError as e:
+        if e.errno is not None: raise           # it isn't there, or nobody may read it
+        error = e
+    else: return
+    raise ValueError(f"{path} is not a whole file of draws ({' '.join(str(error).split())})") from error
+
 # %% ../nbs/1_records/04_draws.ipynb #edec6cc9
 def load_draws(
     path,               # a Parquet file that `save_draws` wrote
@@ -294,9 +310,7 @@ def load_draws(
     import pyarrow as pa
     import pyarrow.parquet as pq
     # read_table would start as many threads as there are cores
-    try: return _from_table(pq.ParquetFile(path, page_checksum_verification=True).read())
-    except (pa.ArrowException, KeyError, TypeError, ValueError, IndexError) as e:
-        raise ValueError(f"{path} is not a whole file of draws ({e})") from e
+    with _reading(path): return _from_table(pq.ParquetFile(path, page_checksum_verification=True).read())
 
 # %% ../nbs/1_records/04_draws.ipynb #6af86212
 def asked_draws(
@@ -306,7 +320,6 @@ def asked_draws(
     import pyarrow as pa
     import pyarrow.parquet as pq
     if not Path(path).exists(): return 0
-    try:
+    with _reading(path):
         file = pq.ParquetFile(path)
-        return int((file.schema_arrow.metadata or {}).get(b"asked", file.metadata.num_rows))
-    except (pa.ArrowException, ValueError) as e: raise ValueError(f"{path} is not a whole file of draws ({e})") from e
+        return whole("asked", int((file.schema_arrow.metadata or {}).get(b"asked", file.metadata.num_rows)), 0)

@@ -39,6 +39,7 @@ PRECISIONS = ("auto", "no", "bf16", "fp16")
 def _check_training(config):
     "ValueError on a setting of a `TrainConfig` that is out of range."
     for name in ("epochs", "lr", "max_grad_norm"): need(config, name, "> 0", lambda v: v > 0)
+    for name in ("epochs", "lr"): need(config, name, "a finite number", math.isfinite)
     for name in ("weight_decay", "probe_every", "pad_to"): need(config, name, ">= 0", lambda v: v >= 0)
     for name in ("batch_size", "accumulate", "checkpoint_every"):
         need(config, name, "a whole number >= 1", lambda v: is_whole(v, 1))

@@ -205,6 +205,17 @@ def test_a_power_cut_leaves_old_or_new_and_a_rerun_finishes(name, point, expecte
     assert work.result() == result
 
 
+@pytest.mark.parametrize("name", FORGETS)
+def test_what_is_finished_outlives_a_power_cut(name, expected, tmp_path):
+    _, result = expected(name, Forgetful)
+    work = WORKS[name](tmp_path)
+    work.begin()
+    with with_disk(Forgetful()) as disk: work.go()
+    for path, content in [*disk.before.items(), *disk.pending]: assert path.endswith(".lock"), path    # nothing waits
+    disk.cut()
+    assert work.result() == result
+
+
 SAID = "could not be written .No space left on device.; what was there is whole: make room and go on"
 
 
