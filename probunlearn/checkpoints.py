@@ -6,20 +6,20 @@
 __all__ = []
 
 # %% ../nbs/8_unlearning/04_checkpoints.ipynb #69e99e8b
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 import json
-import os
 import psutil
-import secrets
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
 # %% ../nbs/8_unlearning/04_checkpoints.ipynb #7722d46f
 from .batches import batch_stats, processes
+from .files import parsed, replacing
 
 # %% ../nbs/8_unlearning/04_checkpoints.ipynb #25235cbd
 _WHOLE = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
@@ -66,21 +66,40 @@ def _set_random_state(state):
     if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
 
 # %% ../nbs/8_unlearning/04_checkpoints.ipynb #741da87d
-def _synced(path):
-    "Wait until the disk has a file."
-    with open(path, "r+b") as file: os.fsync(file.fileno())
+_KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+
+def _bytes(tensor):
+    "The bytes of a tensor on the CPU, without a copy."
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+def _seal(tensors, notes):
+    "A hash of all tensors, whatever their order, and of the notes."
+    digest = sha256(json.dumps(notes, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+def _header(tensors, notes):
+    "What a safetensors file begins with: the length of a JSON text, and the text."
+    said = {"__metadata__": dict(notes=json.dumps(notes), seal=_seal(tensors, notes))}
+    start = 0
+    for name, tensor in tensors.items():
+        place = [start, start + tensor.nbytes]
+        said[name] = dict(dtype=_KINDS[tensor.dtype], shape=list(tensor.shape), data_offsets=place)
+        start += tensor.nbytes
+    text = json.dumps(said).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 def _write_tensors(file, tensors, notes):
     "Replace a safetensors file, with plain values in its header."
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        save_file(tensors, temporary, dict(notes=json.dumps(notes)))
-        _synced(temporary)
-        os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{file} could not be written ({error}); what was there is whole: make room and go on") from error
-    finally: temporary.unlink(missing_ok=True)
+    tensors = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))     # aligned for who maps it
+    with replacing(file) as out:
+        out.write(_header(tensors, notes))
+        for tensor in tensors.values(): out.write(_bytes(tensor))
 
 # %% ../nbs/8_unlearning/04_checkpoints.ipynb #94671b28
 def save_checkpoint(
@@ -98,27 +117,80 @@ def save_checkpoint(
     _write_tensors(Path(file), tensors, notes)
 
 # %% ../nbs/8_unlearning/04_checkpoints.ipynb #8e5d2c34
+def broken(
+    file,               # a checkpoint
+    why: str,
+) -> ValueError:        # to raise
+    "The error to raise for a file that a run can't go on from."
+    return ValueError(f"{file} is no whole checkpoint ({why}): copy it again, or remove it, and the run begins anew. "
+                      "Nothing was changed")
+
+@contextmanager
+def _opened(file):
+    "A safetensors file; ValueError when it is none, or cut off."
+    try:
+        with safe_open(file, "pt") as opened: yield opened
+    except SafetensorError as e: raise broken(file, str(e)) from e
+
+def _notes(file, opened):
+    "(plain values, hash or None) that a checkpoint's header tells."
+    said = opened.metadata() or {}
+    if "notes" not in said: raise broken(file, "its header has no notes")
+    try: notes = parsed(said["notes"], "its notes")
+    except ValueError as e: raise broken(file, str(e)) from e
+    if not isinstance(notes, dict): raise broken(file, "its notes are no JSON object")
+    return notes, said.get("seal")
+
 def read_notes(
     file,       # that `save_checkpoint` wrote
-) -> dict:
+) -> dict:      # ValueError when it is no checkpoint
     "The plain values of a checkpoint."
-    with safe_open(file, "pt") as f: return json.loads(f.metadata()["notes"])
+    with _opened(file) as opened: return _notes(file, opened)[0]
+
+# %% ../nbs/8_unlearning/04_checkpoints.ipynb #a4e11273
+_PARTS = ("weights", "moments", "best", "random")
 
 def _read_parts(file):
-    "The tensors of a checkpoint: part → name → tensor."
-    parts = dict(weights={}, moments={}, best={}, random={})
-    with safe_open(file, "pt") as f:
-        for key in f.keys():
-            part, name = key.split("/", 1)
-            parts[part][name] = f.get_tensor(key)
-    return parts
+    "The tensors of a checkpoint: part → name → tensor; ValueError when they aren't those that were written."
+    with _opened(file) as opened:
+        notes, seal = _notes(file, opened)
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+    if seal is not None and seal != _seal(tensors, notes): raise broken(file, "its contents don't fit its hash")
+    parts = {part: {} for part in _PARTS}
+    for key, value in tensors.items():
+        part, _, name = key.partition("/")
+        if part not in parts or not name: raise broken(file, f"it holds {key!r}, which no checkpoint has")
+        parts[part][name] = value
+    return parts, seal is not None
+
+def _check_part(file, part, found, wanted):
+    "ValueError unless one part of a checkpoint has the tensors that it should have, none of them NaN."
+    for name in sorted(wanted.keys() ^ found.keys()):
+        raise broken(file, f"{part} {name!r} is {'missing' if name in wanted else 'not of this model'}")
+    for name, value in found.items():
+        if value.shape != wanted[name].shape:
+            raise broken(file, f"{part} {name!r} has the shape {tuple(value.shape)}, not {tuple(wanted[name].shape)}")
+        odd = value.isnan() | value.isinf() if part == "moments" else value.isnan()
+        if odd.any(): raise broken(file, f"{part} {name!r} holds NaN or infinity")
+
+# %% ../nbs/8_unlearning/04_checkpoints.ipynb #d673ceae
+def _check_parts(file, parts, lm, optimizer, *, sealed):
+    "ValueError when a checkpoint isn't one of this model and optimiser."
+    weights, moments = get_model_state_dict(lm, options=_WHOLE), _moments(lm, optimizer)
+    _check_part(file, "weights", parts["weights"], weights)
+    if parts["best"]: _check_part(file, "best", parts["best"], weights)
+    known = parts["moments"].keys() & moments.keys() if sealed else moments
+    _check_part(file, "moments", parts["moments"], {name: moments[name] for name in known})
+    if "cpu" not in parts["random"]: raise broken(file, "the random state is missing")
+    if parts["random"]["cpu"].shape != torch.get_rng_state().shape: raise broken(file, "the random state is another's")
 
 def load_checkpoint(
     file,               # that `save_checkpoint` wrote
     lm, optimizer,      # set to the state in the file
-) -> dict:              # the best weights so far, or None
+) -> dict:              # the best weights so far, or None; ValueError when the file isn't whole
     "Take up a run where it stood."
-    parts = _read_parts(file)
+    parts, sealed = _read_parts(file)
+    _check_parts(file, parts, lm, optimizer, sealed=sealed)
     set_weights(lm, parts["weights"])
     _set_moments(lm, optimizer, parts["moments"])
     _set_random_state(parts["random"])

@@ -20,9 +20,11 @@ def whole(
     name: str,          # of the argument, as the caller typed it
     value,              # anything
     least: int = 1,     # the smallest number allowed
-) -> int:               # the number; ValueError when it is none, or too small
+    most: int = None,   # the largest, where more would only fill the memory
+) -> int:               # the number; ValueError when it is none, too small or too large
     "A whole number that somebody typed."
     if not is_whole(value, least): raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+    if most is not None and value > most: raise ValueError(f"{name} must be at most {most:,}, got {value!r}")
     return int(value)
 
 # %% ../nbs/1_records/00_checks.ipynb #2140993d

@@ -19,6 +19,7 @@ from .choices import LISTED, by_letter, by_text, letter_counts, lettered, right_
 from .data import Template, fictional_authors, load_qa
 from .draws import Decoding
 from .evaluation import evaluate, run_cost
+from .files import write_text
 from .judges import PHRASE_SCORES
 from .loop import TrainConfig, finetune
 from .models import add_lora, load_model, small_model
@@ -64,6 +65,7 @@ def _announce(model):
 # %% ../nbs/9_together/06_cli.ipynb #533305dc
 def _trainable(command, template):
     "The model that a command trains: with adapters, or with all its weights as 32-bit numbers."
+    whole("lora", command.lora, 0)
     model = _model(command.model, template, **{} if command.lora else dict(dtype=torch.float32))
     _announce(model)
     return add_lora(model, command.lora, seed=command.seed) if command.lora else model
@@ -72,7 +74,7 @@ def _save(model, out, history):
     "Write the trained model, and what was measured on the way."
     model.save(out)
     if processes()[0]: return           # one process of several writes
-    history.to_frame().to_csv(out/"history.csv", index=False)
+    write_text(out/"history.csv", history.to_frame().to_csv(index=False))
     print("\n".join([f"saved to {out}; history.csv has {len(history.rows)} updates", *history.notes]))
 
 # %% ../nbs/9_together/06_cli.ipynb #31feb7f5
@@ -152,6 +154,8 @@ def _asked(command):
     if command.score != "right_letter": return qas, kept
     return [lettered(qa) for qa in qas], [lettered(qa) for qa in kept]
 
+MOST_DRAWS = 10**9      # per question; a file of so many takes some 100 GB
+
 def _how(command, qas):
     "What `evaluate` is told, from what was typed; ValueError for all that is wrong without a look at the model."
     score = _RULES.get(command.score, command.score)
@@ -160,8 +164,9 @@ def _how(command, qas):
     check_score(score, qas)
     decoding = Decoding(command.temperature, top_p=command.top_p, top_k=command.top_k,
                         max_new_tokens=command.max_new_tokens)
-    return dict(n=whole("n", command.n), score=score, leak_at=command.leak_at, alpha=command.alpha, decoding=decoding,
-                seed=command.seed, looks=_looks(command.looks), shard=command.shard and checked_shard(command.shard))
+    n = whole("n", command.n, most=MOST_DRAWS)
+    return dict(n=n, score=score, leak_at=command.leak_at, alpha=command.alpha,
+                decoding=decoding, seed=command.seed, looks=_looks(command.looks), shard=command.shard and checked_shard(command.shard))
 
 # %% ../nbs/9_together/06_cli.ipynb #ad75d159
 def _listing(command, model):

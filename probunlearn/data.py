@@ -19,7 +19,8 @@ import warnings
 
 # %% ../nbs/1_records/01_data.ipynb #8479ff52
 from .checks import chosen
-from .files import json_lines
+from .files import is_path, json_lines, parsed
+from .limits import render_chat
 
 # %% ../nbs/1_records/01_data.ipynb #51ee3926
 def _check_text(qa, name):
@@ -27,6 +28,14 @@ def _check_text(qa, name):
     value = getattr(qa, name)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"QA.{name} must be a non-empty string, got {value!r}")
+
+def _check_whole(texts):
+    "ValueError for half a character (a lone surrogate), which no tokenizer and no file can take."
+    for text in texts:
+        try: isinstance(text, str) and text.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(f"{text[:60]!r} holds half a character (a lone surrogate) at position {e.start}: "
+                             "write it anew, with whole characters") from None
 
 def _tuple_of_texts(qa, name):
     "A field that lists texts, as a tuple; ValueError when it holds something else."
@@ -149,6 +158,7 @@ def _made(row, id, columns):
     if not isinstance(row, dict):
         raise ValueError(f"a row is a dict such as dict(question=…, answer=…), got {str(row)[:60]}")
     row = _renamed(row, columns)
+    _check_whole([text for value in row.values() for text in (value if isinstance(value, (list, tuple)) else [value])])
     own = as_text(row.get("id"))
     answer, choices = _choice(row)
     return QA(
@@ -198,9 +208,8 @@ def file_text(
 def _json_rows(path):
     "The rows of a file with one list, one object, or one JSON object per line."
     text = file_text(path)
-    try: whole = json.loads(text)
-    except json.JSONDecodeError as e:
-        return list(json_lines(text, path, f"; nor is the file as a whole JSON: {e}"))
+    try: whole = parsed(text, "it")
+    except ValueError as e: return list(json_lines(text, path, f"; nor is the file as a whole JSON: {e}"))
     if isinstance(whole, dict): return [whole]
     if isinstance(whole, list) and all(isinstance(row, (dict, str)) for row in whole): return whole
     return list(json_lines(text, path))
@@ -285,8 +294,8 @@ def _local_file(source, name):
     path = Path(source)
     if path.is_dir(): return _folder_file(path, name)
     if path.is_file(): return path
-    if path.suffix.lower() in _SUFFIXES or path.is_absolute():
-        raise FileNotFoundError(f"no such file or folder: {source}")
+    if path.suffix.lower() in _SUFFIXES or is_path(source):
+        raise FileNotFoundError(f"no such file or folder: {source} (and no hub is asked for a path)")
 
 def _hub_rows(source, name, split):
     "The rows of one split of a hub data set; \"behaviors/harmful\" is the split harmful of its part behaviors."
@@ -407,14 +416,14 @@ def _chat_messages(tok, question, system):
     user = [{"role": "user", "content": question}]
     if not system: return user
     both = [{"role": "system", "content": system}] + user
-    try: shown = system.strip() in tok.apply_chat_template(both, tokenize=False)
+    try: shown = system.strip() in render_chat(tok, both)
     except TemplateError: shown = False
     return both if shown else [{"role": "user", "content": f"{system}\n\n{question}"}]
 
 def _chat_prompt(tok, messages):
     "What the tokenizer's chat template prompts with; ValueError when the question isn't in it, not even quoted."
     question = messages[-1]["content"].strip()
-    def prompt(messages): return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def prompt(messages): return render_chat(tok, messages, add_generation_prompt=True)
     shown = prompt(messages)
     if question in shown or shown != prompt([*messages[:-1], {"role": "user", "content": "?"}]): return shown
     raise ValueError(f"the chat template leaves the question out, and writes {shown[-60:]!r}: pass a plain template, "
@@ -425,7 +434,7 @@ def _chat_texts(tok, question, answer, system):
     messages = _chat_messages(tok, question, system)
     prompt = _chat_prompt(tok, messages)
     if answer is None: return prompt, prompt
-    text = tok.apply_chat_template(messages + [{"role": "assistant", "content": answer}], tokenize=False)
+    text = render_chat(tok, messages + [{"role": "assistant", "content": answer}])
     if not text.startswith(prompt):
         raise ValueError(f"the chat template prompts with {prompt[-60:]!r}, which doesn't begin "
                          "the text with the answer: use a plain template")
@@ -446,6 +455,9 @@ class Template:
     system: str = ""                                # system message of a chat
 
     def __post_init__(self):
+        if not isinstance(self.system, str):
+            raise ValueError(f"a template's system message is a text, got {self.system!r}")
+        _check_whole([self.prompt, self.answer, self.system])
         if _holds(self.prompt, "question") and _holds(self.answer, "answer"): return
         raise ValueError("a template needs {question} in its prompt and {answer} in its answer, and every other brace "
                          f"doubled ({{{{ or }}}}), got {self.prompt!r} and {self.answer!r}")
@@ -468,6 +480,7 @@ def encode_prompt(
     template: Template = Template(),
 ) -> list:                              # of token ids
     "The token ids that the model is prompted with."
+    _check_whole([question])
     ids = tok(template.texts(tok, question)[0], add_special_tokens=not template.chat)["input_ids"]
     ended = ids and ids[-1] == tok.eos_token_id and not template.chat
     return ids[:-1] if ended else ids

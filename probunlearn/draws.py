@@ -6,6 +6,7 @@
 __all__ = ['Decoding', 'Draws', 'draws_from_texts', 'save_draws', 'load_draws']
 
 # %% ../nbs/1_records/04_draws.ipynb #e9f013f5
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from numbers import Real
@@ -15,8 +16,8 @@ import json
 import numpy as np
 
 # %% ../nbs/1_records/04_draws.ipynb #238b5a3e
-from .checks import is_whole
-from .files import replacing
+from .checks import is_whole, whole
+from .files import parsed, replacing
 
 # %% ../nbs/1_records/04_draws.ipynb #d3f56169
 @dataclass(frozen=True)
@@ -118,6 +119,24 @@ def draws_from_tokens(
     finished = np.array([s[-1] in ends for s in first])
     return Draws(id, [decode(s) for s in first], index, logprobs=np.asarray(logprobs, float)[at],
                  tokens=list(first), finished=finished, **how)
+
+# %% ../nbs/1_records/04_draws.ipynb #c874816e
+def _is_text(text):
+    "Whether a text can be stored: it has no halves of characters."
+    try: text.encode()
+    except UnicodeEncodeError: return False
+    return True
+
+def storable(
+    draws: Draws,
+) -> Draws:             # the same, unless an answer can't be stored: its draws are lost for good
+    "Draws that a file can hold."
+    odd = [not _is_text(text) for text in draws.answers]
+    lost = {i: why if _is_text(why) else why.encode(errors="replace").decode() for i, why in draws.lost.items()}
+    if not any(odd): return replace(draws, lost=lost)
+    gone = np.append(odd, False)[draws.index]                   # index -1, a missing draw, reads the last
+    lost |= {int(i): "half a character in the answer (a lone surrogate)" for i in np.flatnonzero(gone)}
+    return _chosen(replace(draws, lost=lost), np.where(gone, -1, draws.index))
 
 # %% ../nbs/1_records/04_draws.ipynb #44c611d2
 def draws_from_texts(
@@ -245,13 +264,27 @@ def save_draws(
 # %% ../nbs/1_records/04_draws.ipynb #107d4f18
 def _how(metadata):
     "What a file says about how its draws were made; ValueError when that is damaged."
-    how = json.loads(metadata[b"probunlearn"])
+    how = parsed(metadata[b"probunlearn"], "what it says about itself")
     if metadata.get(b"fingerprint", fingerprint(how).encode()) != fingerprint(how).encode():
         raise ValueError("what it says about how it was drawn is damaged")
     return how | dict(decoding=Decoding(**how["decoding"]))
 
+def _check_columns(table):
+    "ValueError unless a table has the columns of draws, in their types, and log-probabilities that are some."
+    import pyarrow as pa
+    types = dict(answer=pa.string(), logprob=pa.float64(), tokens=pa.list_(pa.int32()), finished=pa.bool_(),
+                 lost=pa.string())
+    for name, kind in types.items():
+        if name not in table.column_names:
+            if name != "lost": raise ValueError(f"it has no column {name}")
+        elif not table.schema.field(name).type.equals(kind):
+            raise ValueError(f"its column {name} holds {table.schema.field(name).type}, not {kind}")
+    logprobs = table["logprob"].to_numpy()
+    if (logprobs > 1e-4).any(): raise ValueError("a log-probability lies above 0")
+
 def _from_table(table):
     "The draws that a table written by `save_draws` holds."
+    _check_columns(table)
     texts, tokens = table["answer"].to_pylist(), table["tokens"].to_pylist()
     keys = [None if text is None else (text, tuple(ids or ())) for text, ids in zip(texts, tokens)]
     first = {}
@@ -267,6 +300,21 @@ def _from_table(table):
                  finished=distinct(table["finished"]), lost={i: why for i, why in enumerate(lost) if why is not None},
                  **_how(table.schema.metadata))
 
+# %% ../nbs/1_records/04_draws.ipynb #aa3c3d15
+_BROKEN = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, MemoryError)
+
+@contextmanager
+def _reading(path):
+    "ValueError with a file's name for whatever a damaged one causes; pyarrow's own words name no file."
+    import pyarrow as pa
+    try: yield
+    except (pa.ArrowException, *_BROKEN) as e: error = e
+    except OSError as e:
+        if e.errno is not None: raise           # it isn't there, or nobody may read it
+        error = e
+    else: return
+    raise ValueError(f"{path} is not a whole file of draws ({' '.join(str(error).split())})") from error
+
 # %% ../nbs/1_records/04_draws.ipynb #edec6cc9
 def load_draws(
     path,               # a Parquet file that `save_draws` wrote
@@ -275,10 +323,7 @@ def load_draws(
     import pyarrow as pa
     import pyarrow.parquet as pq
     # read_table would start as many threads as there are cores
-    try: return _from_table(pq.ParquetFile(path, page_checksum_verification=True).read())
-    except (pa.ArrowException, KeyError, TypeError, ValueError, IndexError, OSError) as e:
-        if getattr(e, "errno", None): raise         # the disk refuses; a page with a wrong checksum has no number
-        raise ValueError(f"{path} is not a whole file of draws ({e})") from e
+    with _reading(path): return _from_table(pq.ParquetFile(path, page_checksum_verification=True).read())
 
 # %% ../nbs/1_records/04_draws.ipynb #6af86212
 def asked_draws(
@@ -288,7 +333,6 @@ def asked_draws(
     import pyarrow as pa
     import pyarrow.parquet as pq
     if not Path(path).exists(): return 0
-    try:
+    with _reading(path):
         file = pq.ParquetFile(path)
-        return int((file.schema_arrow.metadata or {}).get(b"asked", file.metadata.num_rows))
-    except (pa.ArrowException, ValueError) as e: raise ValueError(f"{path} is not a whole file of draws ({e})") from e
+        return whole("asked", int((file.schema_arrow.metadata or {}).get(b"asked", file.metadata.num_rows)), 0)

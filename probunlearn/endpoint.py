@@ -28,6 +28,7 @@ import numpy as np
 from .checks import is_whole, need, whole
 from .data import QA, Template, check_unique
 from .draws import Decoding, draws_from_texts, join_draws, prompt_words
+from .files import visible
 from .runs import known_logprobs
 
 # %% ../nbs/5_models/07_endpoint.ipynb #f8968131
@@ -66,6 +67,8 @@ class Endpoint:
 
     @property
     def identity(self): return _identity(self)
+
+    def __repr__(self): return f"Endpoint({_base(self.url)!r}, {self.model!r}, {self.asked})"
 
     def replace(self, **changed):
         "The same server, asked another way: with other fields of this class."
@@ -108,14 +111,27 @@ def _base(url):
     "The address that may be shown: without query."
     return urlsplit(url)._replace(query="", fragment="").geturl().rstrip("/")
 
+def _parts(url):
+    "An address in its parts; ValueError for one that no request could be sent to, before anything is sent."
+    if not isinstance(url, str): raise ValueError(f"url is a text, got {type(url).__name__}")
+    shown = url.partition("?")[0].rpartition("@")[2]
+    if not (url.isascii() and url.isprintable()) or " " in url:
+        raise ValueError(f"url must have no spaces, line ends or letters beyond ASCII, got {shown!r}")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+        httpx.URL(url)
+    except (ValueError, httpx.InvalidURL):
+        raise ValueError(f"url is no address, or its port is none: {shown!r}") from None
+    if port == 0: raise ValueError(f"url's port must be 1 to 65535, got {shown!r}")
+    return parts
+
 def _check_address(endpoint):
     "ValueError unless url is a base address without secrets, and key the name of a variable."
-    parts = urlsplit(endpoint.url)
+    parts = _parts(endpoint.url)
     if parts.username or parts.password: raise ValueError(f"url must not carry a name or password; {_KEY}")
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ValueError(f"url must begin with http:// or https:// and a host, got {endpoint.url!r}")
-    try: httpx.URL(endpoint.url)
-    except httpx.InvalidURL as e: raise ValueError(f"url is no address: {e}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"url must begin with http:// or https:// and a host, got {_base(endpoint.url)!r}")
     if parts.path.rstrip("/").endswith("/completions"):
         raise ValueError(f"url must be the base address, without /completions: got {endpoint.source!r}")
     if not re.fullmatch("[A-Z_][A-Z0-9_]*", endpoint.key): raise ValueError(_KEY)
@@ -138,8 +154,37 @@ _SENT = dict(presence_penalty=0, frequency_penalty=0)
 
 def _neutral(name, value): return value in _NEUTRAL.get(name, ())
 
+# words that name a secret, as parts of a field's name (max_tokens holds tokens, not a token)
+_SECRET = re.compile(r"(^|[_-])(api_?key|apikey|key|token|secret|password|passwd|auth|authorization|bearer|"
+                     r"credentials?|headers|cookie)([_-]|$)", re.IGNORECASE)
+_LIKE_A_KEY = re.compile(r"\b(sk|hf|gsk|xai|pk|ghp|Bearer)[-_ ][A-Za-z0-9_-]{16,}")
+_NO_SECRETS = ("stop_token", "stop_token_ids", "bad_words_token_ids", "eos_token", "eos_token_id", "pad_token_id",
+               "token_ids")
+
+def _names(value):
+    "The names of all fields of plain data, inner ones as well."
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield str(name)
+            yield from _names(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value: yield from _names(inner)
+
+def _check_plain(extra):
+    "ValueError unless `extra` can be sent as JSON, and holds nothing that looks like a secret."
+    try: text = json.dumps(extra, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f"extra must hold plain values: {e}") from None
+    secret = next((name for name in _names(extra) if _SECRET.search(name) and name not in _NO_SECRETS), None)
+    if secret is None and not _LIKE_A_KEY.search(text): return
+    what = "a value that looks like a key" if secret is None else f"the field {secret!r}"
+    raise ValueError(f"extra must not hold secrets, and it has {what}: all of it is written into claims and files. "
+                     f"The environment variable that key names is the one place for a key; {_KEY}")
+
 def _check_extra(extra):
-    "ValueError for a field that something else sets."
+    "ValueError for a field that something else sets, a secret, or what is no JSON."
+    if not isinstance(extra, dict): raise ValueError(f"extra is a dict of fields, got {type(extra).__name__}")
+    _check_plain(extra)
     for name, by in _OWN.items():
         value = extra.get(name)
         if value is None or name == "top_k" and _neutral(name, value): continue
@@ -245,18 +290,38 @@ def _client(endpoint):
                         timeout=httpx.Timeout(silence, pool=None), follow_redirects=False, trust_env=True,
                         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
+_MOST = 64 * 2**20      # bytes of a reply: a hundred answers with their log-probabilities have less than a tenth
+
+def _whole(reply):
+    "A reply with all of its bytes, unpacked; `_Lost` when there are too many for any answer."
+    data = bytearray()
+    for chunk in reply.iter_bytes(2**16):
+        data += chunk
+        if len(data) > _MOST: raise _Lost(f"a reply of more than {_MOST // 2**20} MB")
+    packing = ("content-encoding", "content-length", "transfer-encoding")
+    headers = [(name, value) for name, value in reply.headers.items() if name.lower() not in packing]
+    return httpx.Response(reply.status_code, headers=headers, content=bytes(data))
+
 def _send(client, endpoint, path, body=None):
-    "The server's reply; `httpx.RequestError` when there is none."
+    "The server's reply; `httpx.RequestError` when there is none, `_Lost` when it is too long."
     address = httpx.URL(_address(endpoint, path))
     content = None if body is None else json.dumps(body).encode()
-    return client.request("GET" if body is None else "POST", address.copy_with(query=None), content=content,
-                          headers={"Content-Type": "application/json"}, extensions=dict(target=address.raw_path))
+    with client.stream("GET" if body is None else "POST", address.copy_with(query=None), content=content,
+                       headers={"Content-Type": "application/json"}, extensions=dict(target=address.raw_path)) as reply:
+        return _whole(reply)
 
 # %% ../nbs/5_models/07_endpoint.ipynb #118ff781
+def _blotted(endpoint, text):
+    "A text without the key."
+    return text.replace(_key(endpoint) or "\0", "***")
+
+def _is_word(key):
+    "Whether a key may stand in an answer by chance: a placeholder such as EMPTY or 1234."
+    return len(key) < 6 or len(key) < 16 and (key.isalpha() or key.isdigit())
+
 def _clean(endpoint, text):
-    "Words of a server that can be shown and kept: short, without the key, without halves of letters."
-    text = text.replace(_key(endpoint) or "\0", "***")
-    return text.encode(errors="replace").decode()[:500]
+    "Words of a server that can be shown and kept: short, without the key, halves of letters or control characters."
+    return visible(_blotted(endpoint, text).encode(errors="replace").decode())[:500]
 
 def _words(endpoint, found):
     "What the server says in a reply that is an error."
@@ -273,8 +338,8 @@ def _offered(client, endpoint):
     "The models that the server lists, in words; nothing when it lists none."
     try:
         models = _send(client, endpoint, "models").json()["data"]
-        return "; the server offers " + ", ".join(model["id"] for model in models[:10])
-    except (httpx.HTTPError, ValueError, KeyError, TypeError): return ""
+        return "; the server offers " + _clean(endpoint, ", ".join(model["id"] for model in models[:10]))
+    except (httpx.HTTPError, ValueError, KeyError, TypeError, RecursionError, _Lost): return ""
 
 # %% ../nbs/5_models/07_endpoint.ipynb #118ff782
 def _refusal(client, endpoint, path, body, *, reply, words):
@@ -289,8 +354,8 @@ def _refusal(client, endpoint, path, body, *, reply, words):
         return ValueError(f"{where}: no {path!r} at this url, or no model {endpoint.model!r}{offered}. "
                           f"It says: {words}")
     if code < 400:
-        other = urlsplit(reply.headers.get("Location", "")).netloc or "another place"
-        return ValueError(f"{where} sends us to {other}; give that address as url if you trust it")
+        other = re.sub("^[^/]*//|[/?#].*", "", reply.headers.get("Location", "")).rpartition("@")[2] or "another place"
+        return ValueError(f"{where} sends us to {_clean(endpoint, other)}; give that address as url if you trust it")
     return ValueError(f"{where} refuses the request: {words}. It held {', '.join(body)}; "
                       f"Endpoint(extra={{'seed': None}}) takes a field away, "
                       f"per_request={endpoint.per_request} may ask for too many answers at once")
@@ -392,6 +457,12 @@ def _logprob(choice, text):
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError): return math.nan
     return total if (cut or ended) and -math.inf < total <= 0 else math.nan
 
+def _shown(endpoint, answer):
+    "An answer, or the reason why there is none, without the key."
+    if isinstance(answer, str): return _clean(endpoint, answer)
+    text, *rest = answer
+    return (text if _is_word(_key(endpoint)) else _blotted(endpoint, text), *rest)
+
 def _answer(choice, plain=True):
     "(text, log-probability or NaN, whether it ended) of a choice, or why it holds none. `plain`: nothing is bent."
     if choice is None: return "withheld by the server (left out)"
@@ -462,7 +533,7 @@ class _Call:
         choices = _choices(self.endpoint, _reply(self.client, self.endpoint, path, body, gate=self.gate))
         self.reasons_apart |= any(map(_reasons_apart, choices))
         answers = [_answer(choice, self.plain) for choice in _placed(choices, piece.count)]
-        return [_clean(self.endpoint, answer) if isinstance(answer, str) else answer for answer in answers]
+        return [_shown(self.endpoint, answer) for answer in answers]
 
     def part(self, qa, answers):
         "Draws from answers (text, log-probability, finished), reasons why there is none for good, and None."

@@ -6,48 +6,202 @@
 __all__ = []
 
 # %% ../nbs/1_records/00_files.ipynb #e46d3596
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+import errno
 import json
 import os
 import secrets
+import shutil
+import unicodedata
 
 # %% ../nbs/1_records/00_files.ipynb #90db2c01
-def _sync_folder(folder):
-    "Make a rename last through a power cut, where the system lets folders be opened."
-    try: handle = os.open(folder, os.O_RDONLY)
-    except OSError: return          # Windows
-    try: os.fsync(handle)
-    finally: os.close(handle)
+class Disk:
+    "What a write asks of the system."
+    def create(self, path): return open(path, "xb")
+    def lock(self, path): return open(path, "ab")
+    def rename(self, old, new): os.replace(old, new)
+    def remove(self, path): Path(path).unlink(missing_ok=True)
 
+    def sync(self, file):
+        "Wait until the disk has a file."
+        file.flush()
+        os.fsync(file.fileno())
+
+    def sync_folder(self, folder):
+        "Make a rename last through a power cut, where the system lets folders be opened."
+        try: handle = os.open(folder, os.O_RDONLY)
+        except OSError: return          # Windows
+        try: os.fsync(handle)
+        finally: os.close(handle)
+
+DISK = Disk()
+
+# %% ../nbs/1_records/00_files.ipynb #06070428
+_REMEDY = {errno.ENOSPC: "make room and go on", errno.EDQUOT: "make room and go on",
+           errno.EACCES: "nobody may write there: choose another folder",
+           errno.EPERM: "nobody may write there: choose another folder",
+           errno.EROFS: "that disk is read-only: choose another folder"}
+
+def unwritten(
+    path,                   # what was to be written
+    error: OSError,
+) -> OSError:               # to raise: it names the file, what went wrong, and the remedy
+    "The error of a disk that refuses."
+    remedy = _REMEDY.get(error.errno, "make room and go on")
+    why = error.strerror or str(error)
+    found = OSError(f"{path} could not be written ({why}); what was there is whole: {remedy}")
+    found.errno = error.errno
+    return found
+
+def _temporary(path):
+    "A new name beside a file, of the form that `clear_leftovers` knows."
+    return path.with_name(f".{path.name[:60]}.{secrets.token_hex(6)}.tmp")
+
+@contextmanager
+def _cleared(path, temporaries):
+    "Nothing half-written stays when a write of `path` fails."
+    try: yield
+    except BaseException as error:
+        for temporary in temporaries:
+            with suppress(OSError): DISK.remove(temporary)
+        if not isinstance(error, OSError): raise
+        raise unwritten(path, error) from error
+
+# %% ../nbs/1_records/00_files.ipynb #78fc53e3
 @contextmanager
 def replacing(
     path,               # the file to make or to replace
 ):                      # context manager that gives a binary file; OSError when the disk refuses
     "Write a file whole or not at all: inside the block it is written beside its place, at the end it is put there."
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
+    temporary = _temporary(path)
+    with _cleared(path, [temporary]):
+        with DISK.create(temporary) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError): raise
-        raise OSError(f"{path} could not be written ({error}); what was there is whole: make room and go on") from error
+            DISK.sync(file)
+        DISK.rename(temporary, path)
+        DISK.sync_folder(path.parent)
+
+def as_bytes(
+    text: str,
+) -> bytes:             # UTF-8; half a character (a lone surrogate) becomes \\ud800, which JSON reads back
+    "A text as a file holds it."
+    return text.encode("utf-8", errors="backslashreplace")
 
 def write_text(
     path,               # the file to make or to replace
     text: str,          # what it will hold, as UTF-8
 ) -> Path:              # the path; OSError when the disk refuses
     "Write a text file, whole or not at all."
-    with replacing(path) as file: file.write(text.encode("utf-8"))
+    with replacing(path) as file: file.write(as_bytes(text))
     return Path(path)
 
+# %% ../nbs/1_records/00_files.ipynb #9b877465
+def write_together(
+    files: dict,        # path → bytes; the first file is the one that the others speak of
+) -> None:              # OSError when the disk refuses
+    "Replace files of one folder that speak of each other, so that those that are there always fit."
+    first, *others = map(Path, files)
+    temporaries = [_temporary(path) for path in (first, *others)]
+    with _cleared(first, temporaries):
+        for temporary, data in zip(temporaries, files.values()):
+            with DISK.create(temporary) as file:
+                file.write(data)
+                DISK.sync(file)
+        for path in others: DISK.remove(path)
+        DISK.sync_folder(first.parent)
+        DISK.rename(temporaries[0], first)
+        DISK.sync_folder(first.parent)
+        for temporary, path in zip(temporaries[1:], others): DISK.rename(temporary, path)
+        DISK.sync_folder(first.parent)
+
+# %% ../nbs/1_records/00_files.ipynb #132ab108
+_STAGED, _NAMES = ".saved", ".names"     # a folder whose files are on the way to their places, and the list of them
+
+def finish(
+    folder,             # where `replacing_folder` wrote, or perhaps nobody
+    first: str,         # the file without which the folder is nothing
+    stale=(),           # patterns of files that go away when the new ones are others
+) -> None:              # OSError when the disk refuses
+    "Bring the files of a decided save to their places."
+    folder, staged = Path(folder), Path(folder)/_STAGED
+    if not staged.is_dir(): return
+    if (staged/_NAMES).exists():
+        names = (staged/_NAMES).read_text(encoding="utf-8").splitlines()
+        if (staged/first).exists(): DISK.remove(folder/first)
+        DISK.sync_folder(folder)
+        for old in (old for pattern in stale for old in folder.glob(pattern)):
+            if old.name not in names: DISK.remove(old)
+        for name in sorted(names, key=first.__eq__):        # the first file comes last
+            (folder/name).parent.mkdir(parents=True, exist_ok=True)
+            if (staged/name).exists(): DISK.rename(staged/name, folder/name)
+        DISK.sync_folder(folder)
+    shutil.rmtree(staged, ignore_errors=True)
+
+def _settle(staged):
+    "Push a folder's files to the disk, and list them in it."
+    files = [path for path in sorted(staged.rglob("*")) if path.is_file()]
+    for path in files:
+        with open(path, "rb") as file: DISK.sync(file)
+    write_text(staged/_NAMES, "\n".join(path.relative_to(staged).as_posix() for path in files))
+
+@contextmanager
+def replacing_folder(
+    folder,             # made when missing; what isn't replaced stays
+    first: str,         # the file without which the folder is nothing
+    stale=(),           # patterns of files that go away when the new ones are others
+):                      # context manager that gives an empty folder to write into; OSError when the disk refuses
+    "Replace the files of a folder that belong together, all or none."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    finish(folder, first, stale)
+    staged = _temporary(folder/_STAGED)
+    try:
+        staged.mkdir()
+        yield staged
+        _settle(staged)
+        DISK.rename(staged, folder/_STAGED)
+        DISK.sync_folder(folder)
+    except BaseException as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        if not isinstance(error, OSError): raise
+        raise unwritten(folder, error) from error
+    finish(folder, first, stale)
+
+# %% ../nbs/1_records/00_files.ipynb #9d2943d8
+def _is_same(file, path):
+    "Whether an open file is still the one at its path."
+    try: return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError: return False
+
+@contextmanager
+def alone(
+    path,               # the file to be locked, made when missing
+):                      # context manager; OSError when nobody may write there
+    "Only one process at a time; a killed process lets go."
+    try: import fcntl
+    except ImportError:         # Windows
+        yield
+        return
+    while True:
+        with DISK.lock(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_same(file, path): continue
+            yield
+            return
+
 # %% ../nbs/1_records/00_files.ipynb #a8e5aa84
+def parsed(
+    text,               # JSON, as text or bytes
+    path,               # where it stands, for errors
+):                      # what it holds; ValueError when it is none
+    "What a JSON text holds."
+    try: return json.loads(text)
+    except RecursionError: why = "it is nested too deep"
+    except ValueError as e: why = str(e)
+    raise ValueError(f"{path} is not JSON ({why})")
+
 def json_lines(
     text: str,          # of a whole file
     path,               # its name, for errors
@@ -56,8 +210,34 @@ def json_lines(
     "The objects of a text with one JSON object per line."
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
-        try: row = json.loads(line)
-        except json.JSONDecodeError: row = None
+        try: row = parsed(line, path)
+        except ValueError: row = None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} is not a JSON object: {line.strip()[:60]!r}{because}")
         yield row
+
+# %% ../nbs/1_records/00_files.ipynb #405eb439
+_FOLDERS = ("checkpoint checkpoints ckpt ckpts data dataset datasets download downloads exp exps experiment "
+            "experiments home lm lms mnt model models out output outputs result results root run runs save saved scratch tmp train "
+            "trained unlearned usr var weights work workspace").split()
+
+def is_path(
+    source,             # path or hub id
+) -> bool:              # whether it can only mean something on the disk
+    "Whether a source begins like a path, is one with several steps, or names a folder that is here or usual."
+    text = str(source)
+    if isinstance(source, Path) or Path(text).is_absolute() or text.startswith((".", "~")) or "\\" in text: return True
+    folder, slash, _ = text.partition("/")
+    return text.count("/") > 1 or bool(slash) and (Path(folder).is_dir() or folder.lower() in _FOLDERS)
+
+# %% ../nbs/1_records/00_files.ipynb #73d3ea7b
+def _obeyed(c):
+    "Whether a terminal might do something else with a character than show it."
+    turns = c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    return c not in "\n\t" and (turns or unicodedata.category(c) in ("Cc", "Cs"))
+
+def visible(
+    text: str,          # anything that is about to be printed
+) -> str:
+    "A text whose control characters, turns of direction and halves of characters are escapes; line ends and tabs stay."
+    return "".join(c.encode("unicode_escape").decode() if _obeyed(c) else c for c in text)

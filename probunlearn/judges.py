@@ -26,14 +26,15 @@ from tqdm import tqdm
 from .bounds import binary_bound, leaked, rounded
 from .data import QA, Template, check_unique
 from .draws import Decoding, _chosen, fingerprint
-from .files import json_lines, write_text
+from .files import alone, json_lines, write_text
 from .judged import Calibration, calibrate, judged_bound
+from .limits import render_chat
 from .metrics import dataset_claims
 from .models import Model
 from .questions import pooled_rate
 from .sampling import encode_prompts
 from .scores import SCORES, plain, score_name
-from .weights import best_device
+from .weights import best_device, check_source
 
 # %% ../nbs/7_judges/01_judges.ipynb #7c914617
 # how refusals begin, in lower case
@@ -121,9 +122,11 @@ def _loaded(encoder, kind, device):
     "(model, tokenizer) from a folder, a hub id or a pair; FileNotFoundError when there is none."
     import transformers
     if isinstance(encoder, tuple): return encoder
+    check_source(encoder)
+    safe = dict(trust_remote_code=False)        # None would ask on the terminal
     try:
-        model = getattr(transformers, kind).from_pretrained(encoder)
-        tok = transformers.AutoTokenizer.from_pretrained(encoder)
+        model = getattr(transformers, kind).from_pretrained(encoder, weights_only=True, **safe)
+        tok = transformers.AutoTokenizer.from_pretrained(encoder, **safe)
     except OSError as e:
         raise FileNotFoundError(f"{encoder!r} is neither a model folder nor on the hub or in its cache ({e}). "
                                 "Offline, download it and pass the folder.") from e
@@ -322,7 +325,7 @@ def _as_judge_asks(model, rubric):
 def _conversation(tok, qa, answer):
     "Question and answer as the judge's chat template writes them."
     said = [dict(role="user", content=qa.question), dict(role="assistant", content=answer)]
-    return tok.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    return render_chat(tok, said, add_generation_prompt=True)
 
 def _fits(model, qa, decoding):
     "Whether a model at hand has room for a text and its reply; a server says so itself."
@@ -418,8 +421,9 @@ class _Labels:
 
     def write(self):
         if not self.fresh: return
-        labels = _kept(self.out) | self.fresh               # another process may have written in the meantime
-        write_text(self.out, "".join(json.dumps(dict(key=k, label=v)) + "\n" for k, v in labels.items()))
+        with alone(self.out):
+            labels = _kept(self.out) | self.fresh           # another process may have written in the meantime
+            write_text(self.out, "".join(json.dumps(dict(key=k, label=v)) + "\n" for k, v in labels.items()))
         self.fresh.clear()
         self.written = time.monotonic()
 

@@ -22,7 +22,7 @@ from transformers import get_scheduler
 # %% ../nbs/8_unlearning/05_loop.ipynb #96e339fa
 from .batches import batch_stats, check_packing, encode_all, processes, record_order
 from .checks import chosen, is_whole, need
-from .checkpoints import Memory, load_checkpoint, memory_needed, read_notes, save_checkpoint
+from .checkpoints import Memory, broken, load_checkpoint, memory_needed, read_notes, save_checkpoint
 from .checkpoints import set_weights, trainable_weights
 from .draws import fingerprint
 from .losses import answer_mean
@@ -39,6 +39,7 @@ PRECISIONS = ("auto", "no", "bf16", "fp16")
 def _check_training(config):
     "ValueError on a setting of a `TrainConfig` that is out of range."
     for name in ("epochs", "lr", "max_grad_norm"): need(config, name, "> 0", lambda v: v > 0)
+    for name in ("epochs", "lr"): need(config, name, "a finite number", math.isfinite)
     for name in ("weight_decay", "probe_every", "pad_to"): need(config, name, ">= 0", lambda v: v >= 0)
     for name in ("batch_size", "accumulate", "checkpoint_every"):
         need(config, name, "a whole number >= 1", lambda v: is_whole(v, 1))
@@ -107,7 +108,13 @@ class TrainConfig(Course):
 
     def updates(self, records):
         "How many optimiser updates a run over so many records takes."
-        return self.steps or math.ceil(self.epochs * records / (self.batch_size * self.accumulate))
+        per_update = self.batch_size * self.accumulate
+        passes = self.steps * per_update if self.steps else self.epochs * records
+        if max(passes, per_update) > 10**8:
+            raise ValueError(f"epochs={self.epochs:g}, steps={self.steps} and batch_size={self.batch_size} with "
+                             f"accumulate={self.accumulate} would train on {max(passes, per_update):.3g} records, and "
+                             f"there are {records:,}: ask for 100,000,000 at most")
+        return self.steps or math.ceil(self.epochs * records / per_update)
 
     def precision(self):
         "The mixed precision that the device allows."
@@ -204,6 +211,8 @@ def check_start(
     lm, records = model.lm, math.ceil(config.batch_size / processes()[1]) * passes
     if config.pack: check_packing(lm, rows, model.tok.pad_token_id)
     memory = memory_needed(lm, rows, records, precision=config.precision())
+    if memory.needed > 100 * memory.free:
+        raise ValueError(f"batch_size={config.batch_size} can't fit: {memory}. {_TIGHT}")
     if memory.needed > memory.free and not config.recompute: warnings.warn(f"this may not fit: {memory}. {_TIGHT}")
     if any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in lm.parameters()):
         warnings.warn(f"the trained weights are 16-bit numbers: steps of {config.lr:g} are mostly rounded away. "
@@ -271,10 +280,26 @@ def _begin(model, config, updates, rows):
     if file and file.exists(): _resume(run)
     return run
 
+def _is_row(row, step):
+    "Whether a row of a history is that of an update."
+    return isinstance(row, dict) and row.get("step") == step and all(type(v) in (int, float) for v in row.values())
+
+def _check_notes(file, notes):
+    "ValueError unless the plain values of a checkpoint are those of a run: its identity, a row per update, the best."
+    run, rows, best = (notes.get(name) for name in ("run", "rows", "best"))
+    if not isinstance(run, dict): raise broken(file, "its notes tell no run")
+    if not isinstance(rows, list) or not all(_is_row(row, i) for i, row in enumerate(rows, 1)):
+        raise broken(file, "its notes have no row of numbers for each update")
+    if best is not None and not (isinstance(best, list) and len(best) == 2 and best[0] in range(1, len(rows) + 1)):
+        raise broken(file, f"the best update is {best!r}")
+
 def _resume(run):
-    "Take up a run where its checkpoint stood."
+    "Take up a run where its checkpoint stood; ValueError when that isn't whole, or another run's."
     notes = read_notes(run.file)
+    _check_notes(run.file, notes)
     _check_same_run(run.file, notes["run"], run.identity)
+    if len(notes["rows"]) > run.updates:
+        raise broken(run.file, f"it is {len(notes['rows'])} updates far, and the run has {run.updates}")
     run.best = load_checkpoint(run.file, run.wrapped, run.optimizer.optimizer)
     run.best_at = notes["best"]
     run.history = History(notes["rows"])

@@ -12,13 +12,12 @@ from typing import Protocol
 import copy
 import dataclasses
 import json
-import os
 from importlib.metadata import version
 
 # %% ../nbs/5_models/06_models.ipynb #85f5b6a1
 from .data import Template
 from .draws import Decoding, fingerprint, prompt_words
-from .files import write_text
+from .files import parsed
 from .prefix import check_independence
 from .sampling import BLOCK, draw_answers, encode_prompts, greedy_answers
 from .temperature import AdaptiveTemperature
@@ -172,11 +171,8 @@ TEMPLATE = "probunlearn_template.json"      # beside the weights: how the model 
 
 def _saved(model, folder, dtype):
     "Write a model's folder."
-    folder = write_weights(model.lm, model.tok, folder, dtype)
     notes = json.dumps(asdict(model.template), indent=1, ensure_ascii=False)
-    first = int(os.environ.get("RANK", 0)) == 0         # the others may come before the folder is there
-    if first: write_text(folder/TEMPLATE, notes)
-    return folder
+    return write_weights(model.lm, model.tok, folder, dtype, **{TEMPLATE: notes})
 
 def _template_beside(source, place):
     "The template that was saved with a model, or with an adapter's base, or None; ValueError for another file."
@@ -184,7 +180,7 @@ def _template_beside(source, place):
     if not file:
         base = adapter_base(source, place)
         return base and _template_beside(*base)
-    try: return Template(**json.loads(file.read_text(encoding="utf-8")))
+    try: return Template(**parsed(file.read_text(encoding="utf-8"), "it"))
     except (ValueError, TypeError) as e:
         raise ValueError(f"{file} is no template of a model ({e}): remove it, or save the model again") from e
 

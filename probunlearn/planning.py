@@ -22,9 +22,14 @@ def most_leaks(
 ) -> int:                       # -1 if not even 0 leaks are enough; ValueError on bad input
     "Largest number of leaks among n draws that still certifies a rate below tau (Clopper and Pearson 1934)."
     check_alpha(alpha)
-    whole("n", n)
+    n = whole("n", n)
     if not 0 < tau < 1: raise ValueError(f"tau must lie strictly between 0 and 1, got {tau}")
-    return int((special.bdtr(np.arange(n + 1), n, tau) <= alpha).sum()) - 1
+    least, most = -1, n                     # the chance of so few leaks grows with their number
+    while least < most:
+        middle = (least + most + 1) // 2
+        if special.bdtr(middle, n, tau) <= alpha: least = middle
+        else: most = middle - 1
+    return least
 
 # %% ../nbs/2_bounds/06_planning.ipynb #71f61474
 def chance_to_certify(

@@ -9,6 +9,7 @@ __all__ = ['SCHEMA', 'Asked', 'certain_leak', 'Report', 'as_json', 'Board']
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
+from math import isfinite
 from pathlib import Path
 from textwrap import fill
 import json
@@ -21,7 +22,7 @@ from .chance import chance_claims, echo, net_rate
 from .checks import whole
 from .data import check_unique
 from .draws import draws_digest
-from .files import replacing, write_text
+from .files import as_bytes, write_together
 from .metrics import dataset_claims, diversity, leakage, seen_mass_bounds
 from .page import html_page, in_notebook, picture, prompt_of, way
 from .plots import method_board, score_density
@@ -466,16 +467,23 @@ def _page_path(path):
         raise ValueError(f"a report is written as .html, .json, .md and .png, not {path.suffix}: {path}")
     return path.with_suffix(".html")
 
+def _strict(value):
+    "Plain data without the numbers that JSON doesn't know: infinity and NaN become null."
+    if isinstance(value, dict): return {str(key): _strict(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)): return [_strict(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
 def _save(result, path):
     "Write a report or a board as JSON, PNG, Markdown and HTML; returns the HTML file's path."
     path = _page_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(as_json(result), indent=1, ensure_ascii=False, default=str)
-    digest = sha256(text.encode("utf-8")).hexdigest()
-    write_text(path.with_suffix(".json"), text)
-    with replacing(path.with_suffix(".png")) as file: file.write(picture(result.plot)[0])
-    write_text(path.with_suffix(".md"), result.card(digest))
-    return write_text(path, html_page(f"probunlearn: {result.name}", result.body(digest)))
+    data = as_bytes(json.dumps(_strict(as_json(result)), indent=1, ensure_ascii=False, allow_nan=False, default=str))
+    digest = sha256(data).hexdigest()
+    page = html_page(f"probunlearn: {result.name}", result.body(digest))
+    card = as_bytes(result.card(digest))
+    made = {".json": data, ".png": picture(result.plot)[0], ".md": card, ".html": as_bytes(page)}
+    write_together({path.with_suffix(suffix): content for suffix, content in made.items()})
+    return path
 
 # %% ../nbs/4_reports/05_report.ipynb #48203b19
 def _numbered(reports):

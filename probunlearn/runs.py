@@ -6,11 +6,12 @@
 __all__ = ['Run', 'read_run']
 
 # %% ../nbs/1_records/05_runs.ipynb #6de55874
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import quote
+import errno
 import json
 import math
 import time
@@ -20,8 +21,8 @@ import numpy as np
 # %% ../nbs/1_records/05_runs.ipynb #1f25cf7f
 from .checks import is_whole
 from .data import QA, check_unique
-from .draws import asked_draws, fingerprint, first_draws, join_draws, load_draws, prompt_words, save_draws
-from .files import write_text
+from .draws import asked_draws, fingerprint, first_draws, join_draws, load_draws, prompt_words, save_draws, storable
+from .files import alone, parsed, unwritten, write_text
 
 # %% ../nbs/1_records/05_runs.ipynb #7c07dff5
 @dataclass
@@ -35,9 +36,9 @@ class Run:
     made: dict = field(default_factory=dict)        # versions and device that drew
     kept: dict = field(default_factory=dict)        # in memory: (kind, id) → `Draws`
 
-    def key(self, qa):
-        "What a file of draws must carry to belong here."
-        return fingerprint([self.settings, qa.question])
+    def key(self, qa, kind="draws"):
+        "What a file of draws must carry to belong here; a greedy answer is no draw."
+        return fingerprint([self.settings, qa.question] + ([] if kind == "draws" else [kind]))
 
     def path(self, kind, qa):
         "The file of a question's draws or greedy answer."
@@ -49,13 +50,14 @@ class Run:
         path = self.path(kind, qa)
         if not path.exists(): return None
         found = load_draws(path)
-        if (found.run, found.id) != (self.key(qa), qa.id):
+        before = self.key(qa) if kind == "greedy" and found.n == 1 else None      # as earlier versions wrote it
+        if found.id != qa.id or found.run not in (self.key(qa, kind), before):
             raise ValueError(f"{path} holds draws of another run; move it away, and these draws are made anew")
         return replace(found, prompt=found.prompt or _prompt(self.settings))
 
     def keep(self, qa, draws, kind="draws"):
         "Keep the draws of a question, and return them; OSError when the disk refuses."
-        draws = replace(draws, run=self.key(qa))
+        draws = replace(storable(draws), run=self.key(qa, kind))
         if self.folder: save_draws(draws, self.path(kind, qa))
         else: self.kept[kind, qa.id] = draws
         return draws
@@ -116,9 +118,30 @@ def _prompt(settings):
 # %% ../nbs/1_records/05_runs.ipynb #35a0c413
 def _record(row): return QA(**{name: tuple(v) if isinstance(v, list) else v for name, v in row.items()})
 
+_SHAPES = dict(settings=dict, questions=dict, looks=list, made=dict)
+
+def _is_look(look):
+    "Whether an entry of `looks` says at how many draws of how many questions somebody looked."
+    return isinstance(look, dict) and all(is_whole(look.get(name), 1) for name in ("n", "questions"))
+
+def _check_shape(there):
+    "ValueError unless a run.json has the fields of a run, in their shape."
+    if not isinstance(there, dict): raise ValueError("it must be one JSON object")
+    for name, kind in _SHAPES.items():
+        what = "an object" if kind is dict else "a list"
+        if not isinstance(there.get(name), kind): raise ValueError(f"its field {name} must be {what}")
+    if there.get("planned") is None: raise ValueError("its field planned is missing")
+    checked_plan(there["planned"])
+    if not all(map(_is_look, there["looks"])):
+        raise ValueError("its field looks must list objects with n and questions")
+    if not all(isinstance(rows, list) for rows in there["questions"].values()):
+        raise ValueError("its field questions must hold a list for each group")
+
 def _parsed(folder, there):
     "A run from what its run.json holds."
+    _check_shape(there)
     questions = {group: [_record(row) for row in rows] for group, rows in there["questions"].items()}
+    check_unique([qa for rows in questions.values() for qa in rows])
     return Run(there["settings"], folder, questions, planned=there["planned"], looks=there["looks"], made=there["made"])
 
 # %% ../nbs/1_records/05_runs.ipynb #1761a8a8
@@ -128,7 +151,7 @@ def read_run(
     "The run in a folder."
     file = Path(folder)/"run.json"
     if not file.exists(): raise FileNotFoundError(f"{folder} holds no run: there is no run.json in it")
-    try: return _parsed(Path(folder), json.loads(file.read_text(encoding="utf-8")))
+    try: return _parsed(Path(folder), parsed(file.read_text(encoding="utf-8"), "it"))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{file} is not a run's description ({type(e).__name__}: {e}); nothing was changed. "
                          "Draws beside it stay readable by load_draws") from e
@@ -143,12 +166,9 @@ def _write(run):
 @contextmanager
 def _alone(folder):
     "Only one process at a time changes run.json; a killed process lets go."
-    try: import fcntl
-    except ImportError:         # Windows
-        yield
-        return
-    with open(folder/".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as lock:
+        try: lock.enter_context(alone(folder/".lock"))
+        except OSError as e: raise unwritten(folder, e) from e
         yield
 
 # %% ../nbs/1_records/05_runs.ipynb #33371605
@@ -278,16 +298,34 @@ def _remember(run, entry):
     return paid
 
 # %% ../nbs/1_records/05_runs.ipynb #30021354
+def _priced(run, entry):
+    "One more look beside those that are known, unless it is one of them; how it has to be paid for."
+    seen = [(there["n"], there["questions"]) for there in run.looks]                # a folder only grows
+    parts, anytime = price([*seen, (entry["n"], entry["questions"])], run.planned)
+    if not any(entry.items() <= there.items() for there in run.looks):
+        run.looks.append(entry | dict(parts=parts, anytime=anytime))
+    return parts, anytime
+
 def _write_down(run, entry):
     "In a folder: one more look in run.json, unless it stands there; how it has to be paid for."
     with _alone(run.folder):
         run.looks = read_run(run.folder).looks
-        seen = [(there["n"], there["questions"]) for there in run.looks]            # a folder only grows
-        parts, anytime = price([*seen, (entry["n"], entry["questions"])], run.planned)
-        if not any(entry.items() <= there.items() for there in run.looks):
-            run.looks.append(entry | dict(parts=parts, anytime=anytime))
-            _write(run)
-    return parts, anytime
+        known = len(run.looks)
+        paid = _priced(run, entry)
+        if len(run.looks) > known: _write(run)
+    return paid
+
+# %% ../nbs/1_records/05_runs.ipynb #480d1f82
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+def _noted(run, entry):
+    "In a folder: one more look in run.json; where nobody may write, it is paid for, and said that nobody else knows."
+    try: return _write_down(run, entry)
+    except OSError as e:
+        if e.errno not in _NOT_OURS: raise
+        warnings.warn(f"{run.folder} can't be written, so this look isn't written down: whoever draws more for this "
+                      "run has to count it", RuntimeWarning, stacklevel=4)
+    return _priced(run, entry)
 
 def look(
     run: Run,
@@ -296,7 +334,7 @@ def look(
 ) -> tuple:             # (parts, anytime): spend α / parts, on fixed-n claims or on anytime claims
     "Write down that somebody looks at the first n draws, and how that has to be paid for."
     entry = dict(n=n, questions=len(run.questions["forget"])) | what
-    return _write_down(run, entry) if run.folder else _remember(run, entry)
+    return _noted(run, entry) if run.folder else _remember(run, entry)
 
 def price(
     seen: list,         # (n, questions) of every look, the first one first

@@ -32,10 +32,29 @@ def stem(
     return _stemmer().stem(word) if len(word) > 3 else word
 
 class _Known(dict):
-    "Stems of the words met so far, by the word's bytes; starts anew when it grows large."
+    "Stems of the words met so far, by the word's bytes; starts anew when it grows large, and leaves out endless words."
     def __missing__(self, word):
+        found = stem(word.decode())
+        if len(word) > 50: return found
         if len(self) >= 2**17: self.clear()
-        self[word] = found = stem(word.decode())
+        self[word] = found
+        return found
+
+class _Words(dict):
+    "What `split` makes of the texts met so far; starts anew when these are longer than `most` characters together."
+    def __init__(self, split, most=2**20):
+        self.split = split
+        self.most = most
+        self.size = 0
+
+    def __missing__(self, text):
+        found = self.split(text)
+        if len(text) > self.most // 16: return found
+        if self.size + len(text) > self.most:
+            self.clear()
+            self.size = 0
+        self.size += len(text)
+        self[text] = found
         return found
 
 # %% ../nbs/1_records/06_scores.ipynb #6b7e4db0
@@ -43,13 +62,18 @@ _KNOWN = _Known()
 _IN_WORDS = "abcdefghijklmnopqrstuvwxyz0123456789"
 _SPACES = bytes(c if chr(c) in _IN_WORDS else 32 for c in range(256))      # what separates words becomes a space
 
-@lru_cache(maxsize=2**12)
+def _split(text):
+    "The stemmed words of a text."
+    words = text.lower().encode("ascii", "replace").translate(_SPACES).split()
+    return tuple(filter(None, map(_KNOWN.__getitem__, words)))
+
+_STEMS = _Words(_split)
+
 def stems(
     text: str,              # any text; what is neither ASCII letter nor digit separates words
 ) -> tuple[str, ...]:       # stemmed words in order, (word,)
     "The stemmed words of `text`, split as the `rouge-score` package splits them."
-    words = text.lower().encode("ascii", "replace").translate(_SPACES).split()
-    return tuple(filter(None, map(_KNOWN.__getitem__, words)))
+    return _STEMS[text]
 
 # %% ../nbs/1_records/06_scores.ipynb #bf291e32
 class Rouge(NamedTuple):
@@ -91,15 +115,20 @@ _TOUCHING = re.compile(f"([{_UNSPACED}])")
 
 def _in_word(c): return c.isalnum() or unicodedata.category(c)[0] == "M"       # a mark belongs to its letter
 
-@lru_cache(maxsize=2**12)
-def stems_any_script(
-    text: str,              # any text
-) -> tuple[str, ...]:       # words in order, (word,); a character where a script has no spaces; ASCII words stemmed
-    "The words of `text` in whatever script (Unicode NFKC, composed letters); equals `stems` on an ASCII text."
+def _split_any_script(text):
+    "The words of a text in whatever script."
     folded = unicodedata.normalize("NFKC", text).lower()
     spaced = "".join(c if _in_word(c) else " " for c in folded)
     words = _TOUCHING.sub(r" \1 ", spaced).split()
     return tuple(stem(word) if word.isascii() else word for word in words)
+
+_STEMS_ANY_SCRIPT = _Words(_split_any_script)
+
+def stems_any_script(
+    text: str,              # any text
+) -> tuple[str, ...]:       # words in order, (word,); a character where a script has no spaces; ASCII words stemmed
+    "The words of `text` in whatever script (Unicode NFKC, composed letters); equals `stems` on an ASCII text."
+    return _STEMS_ANY_SCRIPT[text]
 
 def rouge_l_any_script(answer, reference):
     "ROUGE-L of `answer` against `reference`, words of all scripts kept."
@@ -226,10 +255,13 @@ def is_binary(
     return bool(getattr(score, "binary", False)) if key is None else key in _BINARY
 
 # %% ../nbs/1_records/06_scores.ipynb #2b2de77c
+# the two remedies
+NO_KEYWORDS = "give the data a column keywords, or take a score that needs none, such as rouge_l_recall"
+
 def _check_records(score, qas):
     "ValueError for records without what a score compares with: key words or a reference answer."
     part, needs, advice = "answer", "a reference answer", ". Use key words, or a score or judge that needs none"
-    if score.startswith("keywords"): part, needs, advice = "keywords", "key words", ""
+    if score.startswith("keywords"): part, needs, advice = "keywords", "key words", f": {NO_KEYWORDS}"
     bare = [qa.id for qa in qas if not getattr(qa, part)]
     if bare:
         raise ValueError(f"score {score!r} needs {needs}, but {len(bare)} of {len(qas)} records have none: "

@@ -11,7 +11,11 @@ from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 import argparse
+import os
 import sys
+
+# %% ../nbs/9_together/07_shell.ipynb #7df01dad
+from .files import visible
 
 # %% ../nbs/9_together/07_shell.ipynb #8a30ac09
 def _score(name):
@@ -152,10 +156,14 @@ class Plan:
     def run(self):
         from probunlearn.checks import whole
         from probunlearn.planning import RunPlan
+        from probunlearn.scores import NO_KEYWORDS
         if self.model and not self.data: raise ValueError("the cost depends on the questions: add --data")
-        if self.questions is not None: whole("questions", self.questions)
+        whole("n", self.n, most=10**9)
+        if self.questions is not None: whole("questions", self.questions, most=10**7)
         qas = _records(self.data, self.split)[:self.questions]
         print(RunPlan(self.n, self.questions or len(qas) or 1, self.alpha, self.tau))
+        bare = sum(not qa.keywords for qa in qas)
+        if bare: print(f"{bare:,} of {len(qas):,} records have no key words: {NO_KEYWORDS}")
         if self.model: _print_cost(self, qas)
 
 # %% ../nbs/9_together/07_shell.ipynb #a83da35c
@@ -259,6 +267,25 @@ def _parsed(name, words):
     chosen = parser.parse_args(_sorted_words(["--folder", *words] if bare else words))
     return command(**{f.name: getattr(chosen, f.name) for f in fields(command)})
 
+# %% ../nbs/9_together/07_shell.ipynb #5d8bddec
+_TRACEBACK = "PROBUNLEARN_TRACEBACK"        # set: errors are raised, with the way to them
+_EXPECTED = (ValueError, OSError, FloatingPointError)
+
+def _check_words(words):
+    "ValueError for a word that is no text: a shell hands on bytes that aren't UTF-8 as halves of characters."
+    for word in words:
+        try: word.encode()
+        except UnicodeEncodeError: raise ValueError(f"{word[:60]!r} is not UTF-8 text: type it anew") from None
+
+def _sentence(command, error):
+    "What went wrong, in one line."
+    text = " ".join(visible(str(error)).split()) or type(error).__name__
+    if isinstance(error, MemoryError): text = f"this does not fit into memory ({text}): ask for less at once"
+    elif not isinstance(error, _EXPECTED):
+        more = f"nobody foresaw this; {_TRACEBACK}=1 before the line shows where it was"
+        text = f"{type(error).__name__}: {text} ({more})"
+    return f"probunlearn {command}: {text}"
+
 # %% ../nbs/9_together/07_shell.ipynb #abbef78d
 def main(
     args: list = None,  # the words behind `probunlearn`; default: the shell's
@@ -270,5 +297,12 @@ def main(
         wrong = f"{words[0]!r} is no command" if words else "a command is needed"
         print(f"{_overview()}\n\nerror: {wrong}", file=sys.stderr)
         raise SystemExit(2)
-    try: _parsed(words[0], words[1:]).run()
-    except (ValueError, OSError, FloatingPointError) as error: return f"probunlearn {words[0]}: {error}"
+    try:
+        _check_words(words)
+        _parsed(words[0], words[1:]).run()
+    except KeyboardInterrupt:
+        print(f"\nprobunlearn {words[0]}: stopped; the same line goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if os.environ.get(_TRACEBACK): raise
+        return _sentence(words[0], error)

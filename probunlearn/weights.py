@@ -25,6 +25,9 @@ from transformers.utils import cached_file, logging
 import torch
 import transformers
 
+# %% ../nbs/5_models/01_weights.ipynb #7756ebc4
+from .files import finish, is_path, replacing_folder, unwritten, write_text
+
 # %% ../nbs/5_models/01_weights.ipynb #6b7776de
 def best_device() -> str:       # "cuda", "cuda:RANK" under torchrun, "mps" or "cpu"
     "The fastest device at hand; each process of a torchrun has a GPU of its own."
@@ -45,14 +48,7 @@ def end_ids(
     return sorted(ends - {None})
 
 # %% ../nbs/5_models/01_weights.ipynb #fbdbae67
-def _is_path(source):
-    "Whether a source can only mean something on the disk: it begins or ends like a path, or its folder is here."
-    text = str(source)
-    if isinstance(source, Path) or Path(text).is_absolute() or text.startswith((".", "~")): return True
-    folder, slash, _ = text.partition("/")
-    return text.count("/") > 1 or bool(slash and Path(folder).is_dir()) or text.endswith(".gguf")
-
-def _check_source(source, subfolder=""):
+def check_source(source, subfolder=""):
     "FileNotFoundError for a path that leads nowhere, ValueError for a file that is no whole model."
     path = Path(source)
     if path.is_file() and path.suffix != ".gguf":
@@ -60,7 +56,8 @@ def _check_source(source, subfolder=""):
     if path.exists():
         if (path/subfolder).exists(): return
         raise FileNotFoundError(f"no such folder: {path/subfolder}")
-    if _is_path(source): raise FileNotFoundError(f"no such folder: {source} (and no hub is asked for a path)")
+    if is_path(source) or str(source).endswith(".gguf"):
+        raise FileNotFoundError(f"no such folder: {source} (and no hub is asked for a path)")
 
 # %% ../nbs/5_models/01_weights.ipynb #a9bfa83c
 def _line(error):
@@ -89,7 +86,8 @@ def _reading(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, json.JSONDecodeError) as e:
+    except (OSError, EOFError, SafetensorError, pickle.UnpicklingError, json.JSONDecodeError, UnicodeDecodeError,
+            RecursionError, MemoryError) as e:
         raise _unreadable(source, e) from e
     except RuntimeError as e:
         if "PytorchStreamReader" not in str(e): raise           # else a .bin that was cut off
@@ -253,8 +251,9 @@ def adapter_base(
     file = None if Path(source).is_file() else beside(source, "adapter_config.json", place)
     if not file: return None
     with _reading(source): said = json.loads(file.read_text(encoding="utf-8"))
-    base = said.get("base_model_name_or_path")
-    if not base: raise ValueError(f"{file} names no base_model_name_or_path: write the base model's folder there")
+    base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
+    if not base or not isinstance(base, str):
+        raise ValueError(f"{file} names no base_model_name_or_path: write the base model's folder there")
     if _has_weights(file.parent):
         raise ValueError(f"{source} holds a whole model and an adapter: put the adapter's files in their own folder")
     own = {name: value for name, value in place.items() if name not in ("revision", "subfolder", "gguf_file")}
@@ -320,7 +319,8 @@ def _read_adapter(source, place, options):
 # %% ../nbs/5_models/01_weights.ipynb #bbdea716
 def _read(source, place, options):
     "Model and tokenizer of a source of any kind."
-    _check_source(source, place.get("subfolder", ""))
+    check_source(source, place.get("subfolder", ""))
+    finish(source, "config.json", WEIGHTS)      # of a process that was killed while it saved
     source = str(source)
     if gguf := _gguf(source, place): return _read_gguf(*gguf, place, options)
     kind = _read_adapter if adapter_base(source, place) else _read_plain
@@ -375,19 +375,31 @@ def _cast(state, dtype):
     def cast(value): return done.setdefault((value.data_ptr(), value.shape), value.to(dtype))
     return {name: cast(value) if value.is_floating_point() else value for name, value in state.items()}
 
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+@contextmanager
+def _replacing(folder):
+    "A folder to write a model into, which then stands whole in its place; OSError when the disk refuses."
+    try:
+        with replacing_folder(folder, "config.json", WEIGHTS) as inside: yield inside
+    except SafetensorError as e: raise unwritten(folder, OSError(str(e))) from e
+
 def write_weights(
     lm,             # causal LM, with or without adapters
     tok,            # its tokenizer
     folder,         # made when missing
     dtype=None,     # store in another format, e.g. torch.float16
-) -> Path:          # the folder
+    **more: str,    # file name → text: what else belongs to the model
+) -> Path:          # the folder; OSError when the disk refuses, and then an older model there is whole
     "Write model and tokenizer; weights spread over processes are gathered (all call it, the first one writes)."
     if hasattr(lm, "merge_and_unload"): lm = copy.deepcopy(lm).merge_and_unload()
     state = whole_state(lm)
     if dtype: state = _cast(state, dtype)
     if int(os.environ.get("RANK", 0)) == 0:
-        lm.save_pretrained(folder, state_dict=state)
-        tok.save_pretrained(folder)
+        with _replacing(folder) as inside:
+            lm.save_pretrained(inside, state_dict=state)
+            tok.save_pretrained(inside)
+            for name, text in more.items(): write_text(inside/name, text)
     return Path(folder)
 
 # %% ../nbs/5_models/01_weights.ipynb #0998d787

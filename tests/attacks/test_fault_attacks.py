@@ -1,0 +1,252 @@
+"""Kills at every write, power cuts that drop what wasn't synced, full disks: old or new, never a mix; a rerun finishes."""
+import hashlib
+import json
+import random
+import warnings
+
+import pytest
+import torch
+
+from conftest import letters, random_model
+from disks import Faulty, Forgetful, Killed, spread, steps_of, with_disk
+from parrot import QAS, SHORT, Parrot
+from probunlearn.evaluation import evaluate
+from probunlearn.judges import FunctionJudge, judge_answers
+from probunlearn.loop import TrainConfig, finetune
+from probunlearn.models import small_model
+from probunlearn.reading import report_run
+from probunlearn.report import Report
+from probunlearn.runs import read_run
+from probunlearn.training import UnlearnConfig, unlearn
+from servers import Script, varied
+
+N = 12
+
+
+class Work:
+    "What is killed: `begin` makes the old state, `go` the new one, `check` says what may be there at any time."
+    def __init__(self, folder): self.folder = folder
+    def begin(self): pass
+    def check(self): pass
+
+
+def leftovers(folder): return sorted(p.name for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".tmp"))
+
+
+class Evaluating(Work):
+    "A run of four draws is extended to twelve."
+    model = Parrot()
+    def run(self, n): return evaluate(self.model, QAS, n, decoding=SHORT, out=self.folder/"run", progress=False)
+    def begin(self): self.run(4)
+    def go(self): self.run(N)
+
+    def check(self):
+        run = read_run(self.folder/"run")
+        assert [look["n"] for look in run.looks] in ([4], [4, N])
+        for qa in QAS:
+            d = run.draws(qa)
+            assert d.n in (4, 8, N) and d.texts == [self.model.said(qa, i) for i in range(d.n)]
+            assert run.draws(qa, "greedy").texts == ["No."]
+
+    def result(self): return report_run(self.folder/"run", n=N).x.tolist()
+
+
+class Asking(Evaluating):
+    "The same, of a server."
+    @property
+    def model(self): return self.server.endpoint(per_request=4, workers=1)
+    def begin(self):
+        self.server = Script(lambda body, *_: (200, varied(body)))
+        self.run(4)
+    def check(self):
+        run = read_run(self.folder/"run")
+        for qa in QAS: assert run.draws(qa).n in (4, 8, N) and None not in run.draws(qa).texts
+    def result(self): return [sorted(read_run(self.folder/"run").draws(qa).texts) for qa in QAS]
+
+
+class Teaching(Work):
+    "Four updates with a checkpoint after each."
+    def train(self, checkpoint):
+        self.model = random_model(vocab=16, seed=3)
+        config = TrainConfig(steps=4, batch_size=2, lr=1e-2, checkpoint=checkpoint, checkpoint_every=1)
+        finetune(self.model, letters(4, seed=1), config)
+    def go(self): self.train(str(self.folder/"state"))
+    def result(self): return torch.cat([p.detach().flatten() for p in self.model.lm.parameters()]).tolist()
+
+
+class Unlearning(Teaching):
+    "The same with two data sets, and the best weights kept."
+    def train(self, checkpoint):
+        self.model = random_model(vocab=16, seed=3)
+        config = UnlearnConfig(steps=3, batch_size=2, lr=1e-2, checkpoint=checkpoint, checkpoint_every=1)
+        unlearn(self.model, letters(4, seed=1), letters(4, seed=2), config)
+
+
+class Judging(Work):
+    "Labels are added to those of an earlier run."
+    def judge(self, count):
+        pairs = [(qa, f"answer {i}") for qa in QAS for i in range(count)]
+        how = dict(out=self.folder/"labels.jsonl", progress=False)
+        return judge_answers(pairs, FunctionJudge(lambda answer, qa: int(answer[-1]) % 2, "odd", batch_size=2), **how)
+    def begin(self): self.judge(2)
+    def go(self): self.found = self.judge(6)
+    def check(self): assert 4 <= self.known() <= 12
+    def known(self): return len((self.folder/"labels.jsonl").read_text().splitlines())
+    def result(self): return self.known(), self.found[0]
+
+
+class Saving(Work):
+    "A report replaces another one."
+    def report(self, n): return evaluate(Parrot(), QAS, n, decoding=SHORT, progress=False)
+    def begin(self):
+        self.old, self.new = self.report(4), self.report(N)
+        self.old.save(self.folder/"report.html")
+    def go(self): self.new.save(self.folder/"report.html")
+
+    def check(self):
+        digest = hashlib.sha256((self.folder/"report.json").read_bytes()).hexdigest()
+        json.loads((self.folder/"report.json").read_text())
+        for suffix in (".html", ".md"):
+            page = self.folder/f"report{suffix}"
+            assert not page.exists() or digest in page.read_text()
+
+    def result(self): return {p.name: p.read_bytes() for p in self.folder.iterdir() if not p.name.endswith(".tmp")}
+
+
+class Storing(Work):
+    "A model replaces another one in its folder, where somebody keeps notes."
+    def begin(self):
+        self.models = [random_model(vocab=16, seed=seed, dtype=torch.float32) for seed in (1, 2)]
+        for model in self.models: model.tok = small_model().tok
+        self.models[0].save(self.folder/"m")
+        (self.folder/"m"/"notes.txt").write_text("mine")
+    def go(self): self.models[1].save(self.folder/"m")
+    def weights(self, lm): return lm.lm_head.weight.detach().tolist()
+
+    def check(self):
+        from transformers import AutoModelForCausalLM
+        from probunlearn.files import finish
+        from probunlearn.weights import WEIGHTS
+        finish(self.folder/"m", "config.json", WEIGHTS)
+        there = self.weights(AutoModelForCausalLM.from_pretrained(self.folder/"m"))
+        assert there in [self.weights(model.lm) for model in self.models]
+
+    def result(self):
+        assert (self.folder/"m"/"notes.txt").read_text() == "mine"
+        return leftovers(self.folder/"m")
+
+
+WORKS = dict(evaluate=Evaluating, endpoint=Asking, finetune=Teaching, unlearn=Unlearning, labels=Judging, report=Saving,
+             model=Storing)
+FORGETS = [name for name in WORKS if name != "model"]       # its folder is renamed as a whole
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    "Labels are written after each batch, and a report is drawn in no time."
+    ticks = iter(range(0, 10**9, 2))
+    monkeypatch.setattr("probunlearn.judges.time.monotonic", lambda: next(ticks))
+    monkeypatch.setattr("probunlearn.report.picture", lambda plot: (b"\x89PNG", ""))
+    monkeypatch.setattr(Report, "body", lambda self, digest="": f"<p>{self.name} {digest}</p>")
+    monkeypatch.setattr(Report, "card", lambda self, digest="": f"{self.name} {digest}")
+    with warnings.catch_warnings(), with_disk(Faulty()):        # which doesn't wait for the real one
+        warnings.simplefilter("ignore")
+        yield
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    "What each work ends with when nothing fails, and its steps; made once."
+    known = {}
+    def of(name, kind=Faulty):
+        if (name, kind) not in known:
+            work = WORKS[name](tmp_path_factory.mktemp(name))
+            work.begin()
+            known[name, kind] = steps_of(work.go, kind), work.result()
+        return known[name, kind]
+    return of
+
+
+def killed(work, disk):
+    "The work on a disk that dies; whether it did."
+    with with_disk(disk):
+        try: work.go()
+        except Killed: return True
+    return False
+
+
+@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("point", range(20))
+def test_a_kill_leaves_old_or_new_and_a_rerun_finishes(name, point, expected, tmp_path):
+    clean, result = expected(name)
+    points = spread(clean.steps)
+    work = WORKS[name](tmp_path)
+    work.begin()
+    assert killed(work, Faulty(die_at=points[point % len(points)]))
+    work.check()
+    work.go()
+    work.check()
+    assert work.result() == result
+
+
+@pytest.mark.parametrize("name", FORGETS)
+@pytest.mark.parametrize("point", range(20))
+def test_a_power_cut_leaves_old_or_new_and_a_rerun_finishes(name, point, expected, tmp_path):
+    clean, result = expected(name, Forgetful)
+    points = spread(clean.steps)
+    work = WORKS[name](tmp_path)
+    work.begin()
+    disk = Forgetful(die_at=points[point % len(points)], seed=point)
+    assert killed(work, disk)
+    disk.cut()
+    work.check()
+    work.go()
+    work.check()
+    assert work.result() == result
+
+
+@pytest.mark.parametrize("name", FORGETS)
+def test_what_is_finished_outlives_a_power_cut(name, expected, tmp_path):
+    _, result = expected(name, Forgetful)
+    work = WORKS[name](tmp_path)
+    work.begin()
+    with with_disk(Forgetful()) as disk: work.go()
+    for path, content in [*disk.before.items(), *disk.pending]: assert path.endswith(".lock"), path    # nothing waits
+    disk.cut()
+    assert work.result() == result
+
+
+SAID = "could not be written .No space left on device.; what was there is whole: make room and go on"
+
+
+def filled(name, room, expected, folder):
+    "One work on a disk with so much room, then on one with enough."
+    _, result = expected(name)
+    work = WORKS[name](folder)
+    work.begin()
+    before = {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with with_disk(Faulty(room=room)), pytest.raises(OSError, match=SAID) as error: work.go()
+    assert str(folder) in str(error.value)
+    work.check()
+    there = {p.name for p in folder.rglob("*") if p.is_file()}
+    assert before.keys() <= there and not any(file.endswith(".tmp") for file in there)
+    work.go()
+    work.check()
+    assert work.result() == result
+
+
+BY_BOUNDARY = [name for name in WORKS if name not in ("endpoint", "model")]
+
+
+@pytest.mark.parametrize("name", BY_BOUNDARY)
+def test_a_disk_that_is_full_at_any_write(name, expected, tmp_path):
+    clean, _ = expected(name)
+    points = clean.boundaries if len(clean.boundaries) < 30 else clean.boundaries[::len(clean.boundaries) // 15]
+    for i, room in enumerate(points): filled(name, room, expected, tmp_path/str(i))
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_a_disk_that_is_full_at_200_further_bytes(part, expected, tmp_path):
+    clean, _ = expected("evaluate")
+    rooms = random.Random(0).sample(range(clean.used - 1), 200)
+    for room in rooms[part::10]: filled("evaluate", room, expected, tmp_path/str(room))
