@@ -26,7 +26,7 @@ import numpy as np
 
 # %% ../nbs/5_models/07_endpoint.ipynb #6d77dfc9
 from .checks import is_whole, need, whole
-from .data import QA, Template, check_unique
+from .data import QA, Template, check_unique, opened_thought
 from .draws import Decoding, draws_from_texts, join_draws, prompt_words
 from .runs import known_logprobs
 
@@ -392,14 +392,14 @@ def _logprob(choice, text):
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError): return math.nan
     return total if (cut or ended) and -math.inf < total <= 0 else math.nan
 
-def _answer(choice, plain=True):
+def _answer(choice, plain=True, begun=""):
     "(text, log-probability or NaN, whether it ended) of a choice, or why it holds none. `plain`: nothing is bent."
     if choice is None: return "withheld by the server (left out)"
     try: text, reason = _said(choice), choice.get("finish_reason")
     except (AttributeError, KeyError, TypeError, UnicodeError): return "an answer that isn't of the OpenAI protocol"
     if text is None or reason in ("content_filter", "abort", "error") or (text == "" and reason == "length"):
         return f"withheld by the server ({reason or 'no text'})"
-    return text.strip(), _logprob(choice, text) if plain else math.nan, reason == "stop"
+    return (begun + text).strip(), _logprob(choice, text) if plain else math.nan, reason == "stop"
 
 # %% ../nbs/5_models/07_endpoint.ipynb #98b584cb
 @dataclass(frozen=True)
@@ -461,7 +461,8 @@ class _Call:
         body = _body(self.endpoint, asked, self.decoding, seed=seed, n=piece.count)
         choices = _choices(self.endpoint, _reply(self.client, self.endpoint, path, body, gate=self.gate))
         self.reasons_apart |= any(map(_reasons_apart, choices))
-        answers = [_answer(choice, self.plain) for choice in _placed(choices, piece.count)]
+        begun = opened_thought(asked.get("prompt", ""))
+        answers = [_answer(choice, self.plain, begun) for choice in _placed(choices, piece.count)]
         return [_clean(self.endpoint, answer) if isinstance(answer, str) else answer for answer in answers]
 
     def part(self, qa, answers):

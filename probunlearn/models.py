@@ -13,10 +13,11 @@ import copy
 import dataclasses
 import json
 import os
+import warnings
 from importlib.metadata import version
 
 # %% ../nbs/5_models/06_models.ipynb #85f5b6a1
-from .data import Template
+from .data import BorderError, Template, encode
 from .draws import Decoding, fingerprint, prompt_words
 from .files import write_text
 from .prefix import check_independence
@@ -110,6 +111,7 @@ class LocalModel:
         Weights whose answers depend on what else is in the batch are asked row by row from then on (a warning)."""
         end_ids(self.lm, self.tok)
         check_independence(self.lm, self.tok, encode_prompts(self, qas, decoding))
+        _check_border(self, qas)
 
     def replace(self, **changed):               # fields of this class
         "A `LocalModel` with the same weights, asked another way."
@@ -131,6 +133,15 @@ class LocalModel:
         return _saved(self, folder, dtype)
 
     def __repr__(self): return f"{self.name}: {_size(self.lm)}, {self.asked}" + (f", {self.rule}" if self.rule else "")
+
+# %% ../nbs/5_models/06_models.ipynb #ee4c7961
+def _check_border(model, qas):
+    "A warning when the prompt of a question with an answer merges with it."
+    told = next((qa for qa in qas if qa.answer), None)
+    if not told or model.template.chat: return
+    try: encode(model.tok, told, model.template)
+    except BorderError as e:
+        warnings.warn(f"{e}. Draws behind this prompt leak less than the model can tell", RuntimeWarning, stacklevel=4)
 
 # %% ../nbs/5_models/06_models.ipynb #a8fbb23a
 def _arriving(model, qas, n, decoding, seed, start):

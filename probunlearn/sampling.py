@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 # %% ../nbs/5_models/04_sampling.ipynb #ecc0debe
 from .checks import is_whole, whole
-from .data import check_unique, encode_prompt
+from .data import check_unique, decoder, encode_prompt
 from .draws import Decoding, draws_from_tokens, prompt_words
 from .law import draw_streams, pick_tokens, stream_numbers
 from .prefix import grow_rows, read_prompts
-from .weights import end_ids
+from .weights import check_causal, end_ids
 
 # %% ../nbs/5_models/04_sampling.ipynb #7943c35a
 def takes_model(function):
@@ -144,8 +144,9 @@ def encode_prompts(
     model,              # `LocalModel`
     qas: list,          # the questions
     decoding: Decoding,
-) -> list:              # token id lists; ValueError on no questions, duplicate ids or no room for an answer
+) -> list:              # token id lists; ValueError on no questions, duplicate ids, no room, or no causal model
     "The prompt of each question."
+    check_causal(model.lm)
     room = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
     prompts = [encode_prompt(model.tok, qa.question, model.template) for qa in check_unique(qas)]
     for qa, prompt in zip(qas, prompts):
@@ -194,8 +195,8 @@ def _sequences(tokens):
 
 def _answer(model, qa, drawn, decoding, seed):
     "`Draws` of one question from its (token sequences, log-probabilities)."
-    def decode(tokens): return model.tok.decode(tokens, skip_special_tokens=True).strip()
-    return draws_from_tokens(qa.id, *drawn, decode, set(end_ids(model.lm, model.tok)), decoding=decoding, seed=seed,
+    text = decoder(model.tok, qa.question, model.template)
+    return draws_from_tokens(qa.id, *drawn, text, set(end_ids(model.lm, model.tok)), decoding=decoding, seed=seed,
                              prompt=prompt_words(model.template))
 
 # %% ../nbs/5_models/04_sampling.ipynb #0ed44b19
