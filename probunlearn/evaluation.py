@@ -149,6 +149,14 @@ def _live(score, leak_at, alpha):
         return f"worst so far P(leak) ≤ {rounded(max(worst), digits=2)}"
     return watch
 
+def _check_ranks(model, shard):
+    "ValueError where each process of a torchrun would start an engine that spreads itself."
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if shard is None and ranks > 1 and getattr(model, "spreads_itself", False):
+        raise ValueError(f"{model.name} spreads itself over devices, and torchrun has started {ranks} processes: start "
+                         "one without torchrun, with the engine's own options (tensor_parallel_size=…); or give each "
+                         "process its own devices and say which share it draws, shard=(i, N)")
+
 def _share(shard, out):
     "(i, N) with 0 <= i < N; ValueError otherwise, or when parts have no folder to meet in."
     if shard is None and not out: return 0, 1                       # in memory every process draws everything
@@ -205,6 +213,7 @@ def evaluate(
     progress: bool = True,
 ) -> Report:                            # None while others still draw
     "Draw answers, score them, bound what leaks; ValueError before any work on bad settings or another run in `out`."
+    _check_ranks(model, shard)
     qas, retain, shard = list(qas), list(retain), _share(shard, out)
     n, n_retain, seed = whole("n", n), whole("n_retain", n_retain), whole("seed", seed, 0)
     _check(model, qas, retain, score=score, leak_at=leak_at, alpha=alpha, decoding=decoding)

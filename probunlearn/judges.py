@@ -342,7 +342,7 @@ def _conversation(tok, qa, answer):
 def _fits(model, qa, decoding):
     "Whether a model at hand has room for a text and its reply; a server says so itself."
     if not hasattr(model, "tok"): return True
-    try: encode_prompts(model, [qa], decoding)
+    try: encode_prompts(model, [qa], decoding) if hasattr(model, "lm") else model.check([qa], decoding)
     except ValueError: return False
     return True
 

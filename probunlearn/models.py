@@ -109,9 +109,7 @@ class LocalModel:
     def check(self, qas, decoding):
         """ValueError for questions that can't be asked: duplicate ids, or a prompt that leaves no room for the answer.
         Weights whose answers depend on what else is in the batch are asked row by row from then on (a warning)."""
-        end_ids(self.lm, self.tok)
-        check_independence(self.lm, self.tok, encode_prompts(self, qas, decoding))
-        _check_border(self, qas)
+        _checked(self, qas, encode_prompts(self, qas, decoding))
 
     def replace(self, **changed):               # fields of this class
         "A `LocalModel` with the same weights, asked another way."
@@ -134,7 +132,13 @@ class LocalModel:
 
     def __repr__(self): return f"{self.name}: {_size(self.lm)}, {self.asked}" + (f", {self.rule}" if self.rule else "")
 
-# %% ../nbs/5_models/06_models.ipynb #ee4c7961
+# %% ../nbs/5_models/06_models.ipynb #e3ae2c15
+def _checked(model, qas, prompts):
+    "All that can be wrong with a model before it is asked."
+    end_ids(model.lm, model.tok)
+    check_independence(model.lm, model.tok, prompts)
+    _check_border(model, qas)
+
 def _check_border(model, qas):
     "A warning when the prompt of a question with an answer merges with it."
     told = next((qa for qa in qas if qa.answer), None)

@@ -122,6 +122,7 @@ def _writes(config):
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     return known or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
 
+# %% ../nbs/5_models/01_weights.ipynb #f9b9e7d5
 # kinds that `transformers` counts among causal models, and what they do instead
 _OTHER_WAYS = dict(cpmant="which puts tokens of its own before each prompt", xlnet="which writes in any order",
                    trocr="a decoder that lacks its encoder", whisper="a decoder that lacks its encoder")
@@ -145,6 +146,7 @@ def check_causal(
     what = _other_way(lm.config)
     if what: raise ValueError(f"{type(lm).__name__} is {what}: {_CAUSAL}")
 
+# %% ../nbs/5_models/01_weights.ipynb #242bde4f
 def _check_writes(source, config):
     "ValueError for a source that doesn't write text from left to right."
     heads = [head for head in getattr(config, "architectures", None) or () if _OTHER_HEAD.search(head)]
