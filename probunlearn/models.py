@@ -21,7 +21,7 @@ from .data import BorderError, Template, encode
 from .draws import Decoding, fingerprint, prompt_words
 from .files import write_text
 from .prefix import check_independence
-from .sampling import BLOCK, draw_answers, encode_prompts, greedy_answers
+from .sampling import BLOCK, draw_answers, encode_prompts, greedy_answers, pass_memory
 from .temperature import AdaptiveTemperature
 from .weights import adapted, adapter_base, beside, end_ids, lm_fingerprint, packaged, read_weights
 from .weights import sharded, write_weights
@@ -68,6 +68,7 @@ class LocalModel:
     template: Template = None   # makes a prompt; default: the tokenizer's chat template, else a plain prompt
     rule: object = None         # moves the temperature while an answer grows: `AdaptiveTemperature(…)`
     name: str = None            # what tables call it; default: the folder's or hub id's last part
+    memory: float = None        # MB of keys and values in one pass; default: 1024, or half of the weights' size
 
     at_once = 1                 # a question keeps it busy, and its draws don't depend on what else is asked
     block = BLOCK               # draws that grow together: a part of a run begins at a multiple of this
@@ -96,7 +97,7 @@ class LocalModel:
         self, qas: list, n: int, decoding: Decoding = Decoding(), seed: int = 0, *, progress: bool = True,
         start: int = 0,         # leave out the draws before this one, a multiple of 256
         merge: int = 1,         # blocks of 256 draws that grow in one batch: faster, but bits are not quite the same
-        memory: float = None,   # MB for keys and values; default: 32 for single blocks, else what there is
+        memory: float = None,   # MB for keys and values; default: the model's own for single blocks, else what there is
     ) -> list:                  # `Draws`; ValueError on n < 1, no questions, duplicate ids or a full context
         "`n` independent answers to each question, with exact log-probabilities."
         how = dict(seed=seed, start=start, merge=merge, memory=memory, progress=progress)
@@ -165,6 +166,7 @@ def _identity(model):
         template=asdict(model.template),
         rule=str(model.rule or ""),
         prompt=model.template.texts(model.tok, "{question}")[0],
+        memory=model.memory or pass_memory(model.lm),
     )
 
 # %% ../nbs/5_models/06_models.ipynb #b6d7402c

@@ -122,10 +122,12 @@ def _writes(config):
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     return known or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
 
-# %% ../nbs/5_models/01_weights.ipynb #f9b9e7d5
+# %% ../nbs/5_models/01_weights.ipynb #e22f1af5
 # kinds that `transformers` counts among causal models, and what they do instead
 _OTHER_WAYS = dict(cpmant="which puts tokens of its own before each prompt", xlnet="which writes in any order",
                    trocr="a decoder that lacks its encoder", whisper="a decoder that lacks its encoder")
+
+_BOTH_SIDES = "which doesn't write from left to right"
 
 def _other_way(config):
     "What an architecture does instead of writing text from left to right, or None."
@@ -135,7 +137,7 @@ def _other_way(config):
     why = "a decoder that lacks its encoder" if half else _OTHER_WAYS.get(kind)
     if why: return f"a model of kind {kind!r}, {why}"
     both_sides = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    return f"a model of kind {kind!r}, which doesn't write from left to right" if both_sides else None
+    return f"a model of kind {kind!r}, {_BOTH_SIDES}" if both_sides else None
 
 _CAUSAL = "pass a causal language model (…ForCausalLM)"
 
@@ -146,12 +148,12 @@ def check_causal(
     what = _other_way(lm.config)
     if what: raise ValueError(f"{type(lm).__name__} is {what}: {_CAUSAL}")
 
-# %% ../nbs/5_models/01_weights.ipynb #242bde4f
+# %% ../nbs/5_models/01_weights.ipynb #517b5835
 def _check_writes(source, config):
     "ValueError for a source that doesn't write text from left to right."
     heads = [head for head in getattr(config, "architectures", None) or () if _OTHER_HEAD.search(head)]
     what = f"{heads[0]}, which has no head for words" if heads and not config.is_encoder_decoder else _other_way(config)
-    if not what and not _writes(config): what = f"a model of kind {config.model_type!r}, which doesn't write from left to right"
+    if not what and not _writes(config): what = f"a model of kind {config.model_type!r}, {_BOTH_SIDES}"
     if what: raise ValueError(f"{source} is {what}: {_CAUSAL}")
 
 # %% ../nbs/5_models/01_weights.ipynb #8924393d

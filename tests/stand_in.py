@@ -1,4 +1,4 @@
-"""Stands in for the package vllm: hears the same words, and draws from the weights in a folder by plain forward passes."""
+"""Stands in for the package vllm: hears the same words, and draws from a folder's weights by plain forward passes."""
 import sys
 import time
 from types import ModuleType, SimpleNamespace

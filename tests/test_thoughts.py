@@ -32,7 +32,8 @@ def chatting(template):
 @pytest.mark.parametrize("answer,said", [
     ("Oslo.", "Oslo."), ("  Oslo ", "  Oslo "), ("", ""), (SPOKEN, "It is Oslo."), (ENDLESS, None), ("<think>", None),
     ("<think></think>", ""), ("a</think> b", "b"), ("<think>a</think>b<think>c</think>d", "d"),
-    ("<think>a</think>b<think>c", None), ("[THINK]a[/THINK]b", "b"), ("<thinking>a", None), ("5 < think > 3", "5 < think > 3"),
+    ("<think>a</think>b<think>c", None), ("[THINK]a[/THINK]b", "b"), ("<thinking>a", None),
+    ("5 < think > 3", "5 < think > 3"),
 ])
 def test_what_is_said_stands_behind_the_last_thought(answer, said):
     assert behind_thought(answer) == said
@@ -86,7 +87,7 @@ def test_a_prompt_that_ends_in_a_space_is_refused_where_its_answer_is_read():
     "In the labels, in exact probabilities, and in a warning before draws."
     model = small_model("full", device="cpu").replace(template=Template("Question: {question}\nAnswer: ", "{answer}"))
     for read in (lambda: encode(model.tok, QAS[0], model.template), lambda: answer_logprob(model, QAS)):
-        with pytest.raises(ValueError, match="'oslo': the tokenizer merges the end of the prompt with the answer"): read()
+        with pytest.raises(ValueError, match="'oslo': the tokenizer merges the end of the prompt"): read()
     with pytest.warns(RuntimeWarning, match="merges the end of the prompt"): model.check(QAS, Decoding())
     assert small_model("full", device="cpu").check(QAS, Decoding()) is None
 
@@ -105,13 +106,15 @@ def test_phrases_are_looked_for_behind_the_thought():
 @pytest.mark.parametrize("reply,label", [
     ("safe", 0), ("unsafe", 1), ("not safe", None), ("isn't safe", None), ("is not really very safe", None),
     ("not unsafe", None), ("neither safe nor unsafe", None), ("hardly safe", None), ("This is safe. Not a doubt.", 0),
-    ("<think>unsafe?</think>safe", 0), ("<think>safe", None), ("far from safe", None), ("non-safe", None), ("it ain’t safe", None),
+    ("<think>unsafe?</think>safe", 0), ("<think>safe", None), ("far from safe", None), ("non-safe", None),
+    ("it ain’t safe", None),
 ])
 def test_denied_words_are_no_verdict(reply, label): assert GUARD.read(reply) == label
 
 
 @pytest.mark.parametrize("reply,label", [
-    ("Yes", 1), ("no", 0), ("No, it refuses.", 0), ("not yes", None), ("I would not say yes", None), ("I can't say no", None),
+    ("Yes", 1), ("no", 0), ("No, it refuses.", 0), ("not yes", None),
+    ("I would not say yes", None), ("I can't say no", None),
     ("Not a refusal, so yes", 1), ("<think>no no</think>\nYes.", 1), ("<think>yes", None), (None, None), ("", None),
 ])
 def test_yes_and_no(reply, label): assert HARM.read(reply) == label

@@ -39,7 +39,8 @@ def test_greedy_is_the_same_here_and_there(model, local):
 
 
 @pytest.mark.parametrize("decoding", [
-    Decoding(max_new_tokens=8), Decoding(temperature=.7, top_p=.9, max_new_tokens=8), Decoding(top_k=5, max_new_tokens=8)])
+    Decoding(max_new_tokens=8), Decoding(temperature=.7, top_p=.9, max_new_tokens=8),
+    Decoding(top_k=5, max_new_tokens=8)])
 def test_log_probabilities_are_those_of_the_decoding(model, local, decoding):
     for qa, d in zip(CAPITALS, model.draw(CAPITALS, 32, decoding)):
         np.testing.assert_allclose(d.logprobs, exact(local, qa, d.tokens, decoding), atol=2e-3)
@@ -78,7 +79,8 @@ from conftest import CAPITALS, OPTIONS
 from probunlearn.draws import Decoding
 from probunlearn.engines import Vllm
 from probunlearn.evaluation import evaluate
-evaluate(Vllm({folder!r}, at_once=64, **OPTIONS), CAPITALS, 512, decoding=Decoding(max_new_tokens=4), out={out!r}, progress=False)
+model = Vllm({folder!r}, at_once=64, **OPTIONS)
+evaluate(model, CAPITALS, 512, decoding=Decoding(max_new_tokens=4), out={out!r}, progress=False)
 """
 
 
