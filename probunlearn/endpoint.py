@@ -6,7 +6,7 @@
 __all__ = ['Endpoint']
 
 # %% ../nbs/5_models/07_endpoint.ipynb #0bc5f3cd
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
@@ -26,7 +26,7 @@ import numpy as np
 
 # %% ../nbs/5_models/07_endpoint.ipynb #6d77dfc9
 from .checks import is_whole, need, whole
-from .data import QA, Template, check_unique
+from .data import QA, Template, check_unique, opened_thought
 from .draws import Decoding, draws_from_texts, join_draws, prompt_words
 from .files import visible
 from .runs import known_logprobs
@@ -147,10 +147,11 @@ _OWN = dict(temperature="decoding", top_p="decoding", top_k="decoding", max_toke
             n="Endpoint(per_request=…)", model="Endpoint(model=…)", prompt="the template", messages="the template")
 # fields that change no distribution
 _SILENT = ("logprobs", "top_logprobs", "seed", "n", "model")
-# fields that bend a distribution, and the values that don't
-_NEUTRAL = dict(presence_penalty=(0,), frequency_penalty=(0,), top_k=(0, -1), min_p=(0,), repetition_penalty=(1,))
-# OpenAI's own, sent unless `extra` says otherwise
-_SENT = dict(presence_penalty=0, frequency_penalty=0)
+# fields that bend a distribution, and the values that don't: the first is sent, the next one when that is refused
+_NEUTRAL = dict(presence_penalty=(0,), frequency_penalty=(0,), top_k=(0, -1), min_p=(0,), repetition_penalty=(1,),
+                repeat_penalty=(1,))
+# those of them that are no part of OpenAI's protocol
+_BEYOND = ("top_k", "min_p", "repetition_penalty", "repeat_penalty")
 
 def _neutral(name, value): return value in _NEUTRAL.get(name, ())
 
@@ -201,23 +202,31 @@ def _taken(extra):
     "The fields that `extra` takes away and that shape the distribution."
     return [name for name, value in extra.items() if value is None and name not in _SILENT]
 
-def _left(extra, top_k=0):
-    "The fields that are left to the server."
-    sent = {*extra, *_SENT} | ({"top_k"} if top_k else set())
-    return _taken(extra) + [name for name in _NEUTRAL if name not in sent]
+def _sent(extra, refused=()):
+    "The neutral values that are sent; `refused` holds a name as often as its values were refused."
+    times = Counter(refused)
+    return {name: values[times[name]] for name, values in _NEUTRAL.items()
+            if name not in extra and times[name] < len(values)}
 
-def _told(endpoint, decoding):
+def _left(extra, refused=(), top_k=0):
+    "The fields that are left to the server."
+    there = {*extra, *_sent(extra, refused)} | ({"top_k"} if top_k else set())
+    return _taken(extra) + [name for name in _NEUTRAL if name not in there]
+
+def _told(endpoint, decoding, refused=()):
     "What shapes the distribution besides temperature and top-p, in words."
-    left = _left(endpoint.extra, decoding.top_k)
+    left = _left(endpoint.extra, refused, decoding.top_k)
     return ", ".join(_changed(endpoint.extra) + ([f"{', '.join(left)} left to the server"] if left else []))
 
 # %% ../nbs/5_models/07_endpoint.ipynb #6deb1bd0
 def _identity(endpoint):
     "All that shapes a draw but the question, the decoding and the seed, as far as a client knows; no secret."
     extra = json.loads(json.dumps(endpoint.extra))
-    sent = {name: value for name, value in (_SENT | extra).items() if value is not None and name in _NEUTRAL}
+    sent = {name: value for name, value in (_sent(extra) | extra).items() if value is not None and name in _NEUTRAL}
+    extra = {name: value for name, value in extra.items() if value is not None or name not in _BEYOND}
+    left = [name for name in _left(endpoint.extra) if name != "repeat_penalty"]     # `sent` tells; older runs don't
     return dict(engine="endpoint", model=endpoint.model, url=_base(endpoint.url), template=asdict(endpoint.template),
-                per_request=int(endpoint.per_request), extra=extra, sent=sent, left=_left(extra))
+                per_request=int(endpoint.per_request), extra=extra, sent=sent, left=left)
 
 # %% ../nbs/5_models/07_endpoint.ipynb #ef5ea3ca
 def _seed(seed, id, first, count):
@@ -231,11 +240,11 @@ def _fields(question, template):
     system = [dict(role="system", content=template.system)] if template.system else []
     return "chat/completions", dict(messages=system + [dict(role="user", content=question)])
 
-def _body(endpoint, asked, decoding, *, seed, n):
+def _body(endpoint, asked, decoding, *, seed, n, refused=()):
     "The whole request for `n` answers."
     how = dict(model=endpoint.model, n=n if n > 1 else None, seed=seed, temperature=decoding.temperature,
                top_p=decoding.top_p, max_tokens=decoding.max_new_tokens)
-    body = asked | _SENT | how | endpoint.extra
+    body = asked | _sent(endpoint.extra, refused) | how | endpoint.extra
     if decoding.top_k and endpoint.extra.get("top_k", 0) is not None: body["top_k"] = decoding.top_k
     return {name: value for name, value in body.items() if value is not None}
 
@@ -319,9 +328,9 @@ def _is_word(key):
     "Whether a key may stand in an answer by chance: a placeholder such as EMPTY or 1234."
     return len(key) < 6 or len(key) < 16 and (key.isalpha() or key.isdigit())
 
-def _clean(endpoint, text):
+def _clean(endpoint, text, most=500):
     "Words of a server that can be shown and kept: short, without the key, halves of letters or control characters."
-    return visible(_blotted(endpoint, text).encode(errors="replace").decode())[:500]
+    return visible(_blotted(endpoint, text).encode(errors="replace").decode())[:most]
 
 def _words(endpoint, found):
     "What the server says in a reply that is an error."
@@ -374,10 +383,20 @@ _AGAIN = (409, 425, 429, 503, 529)
 _UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, httpx.UnsupportedProtocol,
            httpx.LocalProtocolError)
 
+class _Refused(Exception):
+    "A request with neutral values that the server doesn't know: their names."
+
+def _refused(endpoint, body, words):
+    "The neutral values in a request that a refusal names."
+    ours = [name for name, values in _NEUTRAL.items() if name not in endpoint.extra and body.get(name) in values]
+    return [name for name in ours if re.search(rf"(?<!\w){name}(?!\w)", words)]
+
 def _failure(client, endpoint, path, body, reply):
     "The error that an HTTP status stands for."
     code = reply.status_code
     words = _words(endpoint, _json(reply))
+    names = _refused(endpoint, body, _clean(endpoint, reply.text, most=5000)) if code in (400, 422) else []
+    if names: return _Refused(*names)
     if "content_filter" in reply.text: return _Blocked("the server's content filter")
     if code == 408 or code >= 500 and code not in _AGAIN: return _Lost(f"HTTP {code}: {words}")
     if code in _AGAIN: return _NotTaken(f"HTTP {code}: {words}", pause=_pause(reply.headers))
@@ -405,12 +424,23 @@ def _reply(client, endpoint, path, body, gate):
     raise why
 
 # %% ../nbs/5_models/07_endpoint.ipynb #0dd446b0
+def _said_instead(endpoint, found):
+    "The beginning of another reply, in words; of a stream of events, the error that it holds."
+    if not isinstance(found, str) or not found.strip(): return ""
+    events = re.findall(r"^data: *(\{.*)$", found, re.M)
+    for event in events:
+        try: told = json.loads(event)
+        except (ValueError, RecursionError): continue
+        if isinstance(told, dict) and told.get("error"): return f": a stream that says {_words(endpoint, told)}"
+    return f"{': a stream of events' if events else ''}: {_clean(endpoint, ' '.join(found.split()), most=80)}"
+
 def _choices(endpoint, found):
     "The choices in a reply; `_Lost` when there are none."
     known = found if isinstance(found, dict) else {}
     if known.get("error"): raise _Lost(f"an error instead of answers: {_words(endpoint, known)}")
     choices = known.get("choices")
-    if not isinstance(choices, list): raise _Lost("a reply that isn't of the OpenAI protocol")
+    instead = "a reply that isn't of the OpenAI protocol"
+    if not isinstance(choices, list): raise _Lost(f"{instead}{_said_instead(endpoint, found)}")
     if not choices: raise _Lost("an answer without choices")
     return choices
 
@@ -463,14 +493,14 @@ def _shown(endpoint, answer):
     text, *rest = answer
     return (text if _is_word(_key(endpoint)) else _blotted(endpoint, text), *rest)
 
-def _answer(choice, plain=True):
+def _answer(choice, plain=True, begun=""):
     "(text, log-probability or NaN, whether it ended) of a choice, or why it holds none. `plain`: nothing is bent."
     if choice is None: return "withheld by the server (left out)"
     try: text, reason = _said(choice), choice.get("finish_reason")
     except (AttributeError, KeyError, TypeError, UnicodeError): return "an answer that isn't of the OpenAI protocol"
     if text is None or reason in ("content_filter", "abort", "error") or (text == "" and reason == "length"):
         return f"withheld by the server ({reason or 'no text'})"
-    return text.strip(), _logprob(choice, text) if plain else math.nan, reason == "stop"
+    return (begun + text).strip(), _logprob(choice, text) if plain else math.nan, reason == "stop"
 
 # %% ../nbs/5_models/07_endpoint.ipynb #98b584cb
 @dataclass(frozen=True)
@@ -512,8 +542,9 @@ class _Call:
         self.endpoint = endpoint
         self.decoding = decoding
         self.stream = seed if stream is None else stream    # what the requests' own seeds are made from
-        rule = ", ".join(filter(None, [decoding.rule, _told(endpoint, decoding)]))
-        self.how = dict(decoding=replace(decoding, rule=rule), seed=seed, source=endpoint.source, prompt=endpoint.asked)
+        self.refused = []           # names of neutral values that the server refused
+        self.lock = Lock()
+        self.how = dict(seed=seed, source=endpoint.source, prompt=endpoint.asked)
         bent = decoding.temperature != 1 or decoding.top_p != 1 or decoding.top_k or decoding.rule
         self.plain = not (bent or _changed(endpoint.extra) or _taken(endpoint.extra))
         self.client = _client(endpoint)
@@ -528,19 +559,31 @@ class _Call:
         "The answers to a piece, or to its first draws."
         if piece.qa.id in self.blocked: raise _Lost(self.blocked[piece.qa.id])
         path, asked = _fields(piece.qa.question, self.endpoint.template)
-        seed = _seed(self.stream, piece.qa.id, piece.first, piece.count)
-        body = _body(self.endpoint, asked, self.decoding, seed=seed, n=piece.count)
-        choices = _choices(self.endpoint, _reply(self.client, self.endpoint, path, body, gate=self.gate))
+        choices = _choices(self.endpoint, self.reply(piece, path, asked))
         self.reasons_apart |= any(map(_reasons_apart, choices))
-        answers = [_answer(choice, self.plain) for choice in _placed(choices, piece.count)]
+        begun = opened_thought(asked.get("prompt", ""))
+        answers = [_answer(choice, self.plain, begun) for choice in _placed(choices, piece.count)]
         return [_shown(self.endpoint, answer) for answer in answers]
+
+    def reply(self, piece, path, asked):
+        "What the server answers, without the neutral values that it refuses."
+        seed = _seed(self.stream, piece.qa.id, piece.first, piece.count)
+        while True:
+            known = list(self.refused)
+            body = _body(self.endpoint, asked, self.decoding, seed=seed, n=piece.count, refused=known)
+            try: return _reply(self.client, self.endpoint, path, body, gate=self.gate)
+            except _Refused as e:
+                with self.lock:
+                    if self.refused == known: self.refused += e.args        # else another request has learnt it
 
     def part(self, qa, answers):
         "Draws from answers (text, log-probability, finished), reasons why there is none for good, and None."
         texts = [answer[0] if isinstance(answer, tuple) else None for answer in answers]
         first = dict(zip(reversed(texts), reversed(answers)))       # text → its first draw
         lost = {i: answer for i, answer in enumerate(answers) if isinstance(answer, str)}
-        d = draws_from_texts(qa.id, texts, lost=lost, **self.how)
+        told = _told(self.endpoint, self.decoding, self.refused)
+        rule = ", ".join(filter(None, [self.decoding.rule, told]))
+        d = draws_from_texts(qa.id, texts, lost=lost, decoding=replace(self.decoding, rule=rule), **self.how)
         return replace(d, logprobs=np.array([first[text][1] for text in d.answers], float),
                        finished=np.array([first[text][2] for text in d.answers], bool))
 
@@ -607,13 +650,17 @@ def _arriving(call, qas, start, n):
 
 def _collected(call, qas, start, n):
     "All parts together, one `Draws` per question; what came is worth more than an error, unless nothing came."
-    found = {qa.id: call.part(qa, [None] * (n - start)) for qa in check_unique(qas)}
+    parts = {qa.id: [] for qa in check_unique(qas)}
     try:
-        for qa, part, first in _arriving(call, qas, start, n):
-            found[qa.id] = join_draws(found[qa.id], part, first - start)
+        for qa, part, first in _arriving(call, qas, start, n): parts[qa.id].append((part, first - start))
     except ConnectionError:
-        if not any(d.answers for d in found.values()): raise
-    return [known_logprobs(d) for d in found.values()]
+        if not any(part.answers for found in parts.values() for part, _ in found): raise
+    return [known_logprobs(_joined(call.part(qa, [None] * (n - start)), parts[qa.id])) for qa in qas]
+
+def _joined(empty, parts):
+    "Missing draws, filled with the parts (`Draws`, number of the first) that came."
+    for part, first in parts: empty = join_draws(empty, part, first)
+    return empty
 
 # %% ../nbs/5_models/07_endpoint.ipynb #79a14b10
 def _few(reasons):

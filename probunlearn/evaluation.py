@@ -23,13 +23,18 @@ from .planning import RunPlan
 from .reading import report_run
 from .report import Report
 from .runs import clear_leftovers, look, open_run
-from .sampling import BLOCK, encode_prompts, takes_model
+from .sampling import BLOCK, EARLIER, encode_prompts, takes_model
 from .scores import check_score, score_answers, score_name
 
 # %% ../nbs/9_together/02_evaluation.ipynb #7eda29d8
 def _settings(model, decoding, seed):
     "Everything that shapes a draw, but the question."
     return model.identity | dict(decoding=asdict(decoding), seed=seed)
+
+def _as_begun(model, run):
+    "The model as it draws in a run; earlier versions read fewer rows in one pass, and their runs go on so."
+    earlier = isinstance(model, LocalModel) and "memory" not in run.settings
+    return model.replace(memory=EARLIER) if earlier else model
 
 # %% ../nbs/9_together/02_evaluation.ipynb #88e77bc2
 @dataclass(frozen=True)
@@ -136,6 +141,14 @@ def _live(score, leak_at, alpha):
         return f"worst so far P(leak) ≤ {rounded(max(worst), digits=2)}"
     return watch
 
+def _check_ranks(model, shard):
+    "ValueError where each process of a torchrun would start an engine that spreads itself."
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if shard is None and ranks > 1 and getattr(model, "spreads_itself", False):
+        raise ValueError(f"{model.name} spreads itself over devices, and torchrun has started {ranks} processes: start "
+                         "one without torchrun, with the engine's own options (tensor_parallel_size=…); or give each "
+                         "process its own devices and say which share it draws, shard=(i, N)")
+
 def _share(shard, out):
     "(i, N) with 0 <= i < N; ValueError otherwise, or when parts have no folder to meet in."
     if shard is None and not out: return 0, 1                       # in memory every process draws everything
@@ -226,11 +239,13 @@ def evaluate(
     progress=True,                      # False is silent; "bar" leaves out how the model is asked, which was said before
 ) -> Report:                            # None while others still draw
     "Draw answers, score them, bound what leaks; ValueError before any work on bad settings or another run in `out`."
+    _check_ranks(model, shard)
     qas, retain, shard = list(qas), list(retain), _share(shard, out)
     n, n_retain, seed = whole("n", n), whole("n_retain", n_retain), whole("seed", seed, 0)
     _check(model, qas, retain, score=score, leak_at=leak_at, alpha=alpha, decoding=decoding)
     if control: _check_control(control, model, qas, decoding)
     run = open_run(out, _settings(model, decoding, seed), qas, retain, planned=looks, made=getattr(model, "made", {}))
+    model = _as_begun(model, run)
     groups = dict(forget=n) | (dict(retain=n_retain) if retain else {})
     if progress: _announce(run, model, n, score=score, leak_at=leak_at, alpha=alpha, told=progress == "bar")
     live = _live(score, leak_at, alpha / len(run.questions["forget"])) if progress else None

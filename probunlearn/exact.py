@@ -15,7 +15,7 @@ import torch
 # %% ../nbs/6_exact/02_exact.ipynb #aa58ac5f
 from .bounds import Bound, as_scores, leaked, rounded
 from .checks import chosen, whole
-from .data import encode
+from .data import decoder, encode
 from .draws import Decoding
 from .law import ONE
 from .plots import COLOURS, style
@@ -225,9 +225,10 @@ def _in_order(tree, answers, found):
     known = np.append(tree.nodes[1:], answers)
     order = np.argsort(-answers["p"], kind="stable")
     tokens = [(*tree.tokens(edge["parent"]), int(edge["token"])) for edge in answers[order]]
+    text = decoder(tree.model.tok, tree.qa.question, tree.model.template)
     return Enumeration(
         id=tree.qa.id,
-        answers=[tree.model.tok.decode(s, skip_special_tokens=True).strip() for s in tokens],
+        answers=[text(s) for s in tokens],
         p=answers["p"][order],
         tokens=tokens,
         finished=np.isin(answers["token"][order], tree.ends),

@@ -12,14 +12,15 @@ from typing import Protocol
 import copy
 import dataclasses
 import json
+import warnings
 from importlib.metadata import version
 
 # %% ../nbs/5_models/06_models.ipynb #85f5b6a1
-from .data import Template
+from .data import BorderError, Template, encode
 from .draws import Decoding, fingerprint, prompt_words
 from .files import parsed
 from .prefix import check_independence
-from .sampling import BLOCK, draw_answers, encode_prompts, greedy_answers
+from .sampling import BLOCK, draw_answers, encode_prompts, greedy_answers, pass_memory
 from .temperature import AdaptiveTemperature
 from .weights import adapted, adapter_base, beside, end_ids, lm_fingerprint, packaged, read_weights
 from .weights import sharded, write_weights
@@ -66,6 +67,7 @@ class LocalModel:
     template: Template = None   # makes a prompt; default: the tokenizer's chat template, else a plain prompt
     rule: object = None         # moves the temperature while an answer grows: `AdaptiveTemperature(…)`
     name: str = None            # what tables call it; default: the folder's or hub id's last part
+    memory: float = None        # MB of keys and values in one pass; default: 1024, or half of the weights' size
 
     at_once = 1                 # a question keeps it busy, and its draws don't depend on what else is asked
     block = BLOCK               # draws that grow together: a part of a run begins at a multiple of this
@@ -94,7 +96,7 @@ class LocalModel:
         self, qas: list, n: int, decoding: Decoding = Decoding(), seed: int = 0, *, progress: bool = True,
         start: int = 0,         # leave out the draws before this one, a multiple of 256
         merge: int = 1,         # blocks of 256 draws that grow in one batch: faster, but bits are not quite the same
-        memory: float = None,   # MB for keys and values; default: 32 for single blocks, else what there is
+        memory: float = None,   # MB for keys and values; default: the model's own for single blocks, else what there is
     ) -> list:                  # `Draws`; ValueError on n < 1, no questions, duplicate ids or a full context
         "`n` independent answers to each question, with exact log-probabilities."
         how = dict(seed=seed, start=start, merge=merge, memory=memory, progress=progress)
@@ -107,8 +109,7 @@ class LocalModel:
     def check(self, qas, decoding):
         """ValueError for questions that can't be asked: duplicate ids, or a prompt that leaves no room for the answer.
         Weights whose answers depend on what else is in the batch are asked row by row from then on (a warning)."""
-        end_ids(self.lm, self.tok)
-        check_independence(self.lm, self.tok, encode_prompts(self, qas, decoding))
+        _checked(self, qas, encode_prompts(self, qas, decoding))
 
     def replace(self, **changed):               # fields of this class
         "A `LocalModel` with the same weights, asked another way."
@@ -131,6 +132,21 @@ class LocalModel:
 
     def __repr__(self): return f"{self.name}: {_size(self.lm)}, {self.asked}" + (f", {self.rule}" if self.rule else "")
 
+# %% ../nbs/5_models/06_models.ipynb #e3ae2c15
+def _checked(model, qas, prompts):
+    "All that can be wrong with a model before it is asked."
+    end_ids(model.lm, model.tok)
+    check_independence(model.lm, model.tok, prompts)
+    _check_border(model, qas)
+
+def _check_border(model, qas):
+    "A warning when the prompt of a question with an answer merges with it."
+    told = next((qa for qa in qas if qa.answer), None)
+    if not told or model.template.chat: return
+    try: encode(model.tok, told, model.template)
+    except BorderError as e:
+        warnings.warn(f"{e}. Draws behind this prompt leak less than the model can tell", RuntimeWarning, stacklevel=4)
+
 # %% ../nbs/5_models/06_models.ipynb #a8fbb23a
 def _arriving(model, qas, n, decoding, seed, start):
     "Draws in parts, each when it is made: (question, `Draws`, number of the first)."
@@ -149,6 +165,7 @@ def _identity(model):
         template=asdict(model.template),
         rule=str(model.rule or ""),
         prompt=model.template.texts(model.tok, "{question}")[0],
+        memory=model.memory or pass_memory(model.lm),
     )
 
 # %% ../nbs/5_models/06_models.ipynb #b6d7402c

@@ -14,6 +14,7 @@ from .bounds import Bound, binary_bound, mean_bound, rounded
 from .checks import check_alpha, chosen, is_whole
 from .draws import Decoding, Draws, draws_from_tokens
 from .exact import Enumeration, quantity, sequence_logprobs, tokens_behind
+from .data import decoder
 from .law import ONE, draw_streams, stream_numbers
 from .models import LocalModel
 from .scores import score_answers
@@ -27,9 +28,9 @@ class RestDraws(Draws):
     mass: float = 1.    # the open mass
 
 # %% ../nbs/6_exact/03_rare.ipynb #098c00ff
-def _decoded(model, sequences):
+def _decoded(model, qa, sequences):
     "Texts of some token sequences."
-    return [model.tok.decode(s, skip_special_tokens=True).strip() for s in sequences]
+    return list(map(decoder(model.tok, qa.question, model.template), sequences))
 
 def _block(tree, memory=512):
     "How many draws grow together: as many as `memory` MB of keys and values hold, at most 1,024."
@@ -71,7 +72,7 @@ def _rest(head, sequences, logprobs, seed):
     "`RestDraws` of token sequences (n,) with their log-probabilities (n,) under the model."
     model, ends = head.tree.model, set(head.tree.ends.tolist())
     rule = ", ".join(filter(None, [head.decoding.rule, f"without the {len(head.p):,} enumerated answers"]))
-    def decode(tokens): return _decoded(model, [tokens])[0]
+    def decode(tokens): return _decoded(model, head.tree.qa, [tokens])[0]
     drawn = draws_from_tokens(head.id, sequences, np.array(logprobs) - np.log(head.open), decode, ends=ends,
                               decoding=replace(head.decoding, rule=rule), seed=seed, prompt=model.asked)
     return RestDraws(**vars(drawn), mass=head.open)
@@ -270,7 +271,7 @@ def rare_leak(
     if not 0 < beta < 1: raise ValueError(f"beta must lie strictly between 0 and 1, got {beta}")
     _check_cap(head, beta, side)
     sequences, weights = _weigh(head, proposal, n, beta, seed=seed)
-    scores = score_answers(_decoded(head.tree.model, sequences), qa, score)
+    scores = score_answers(_decoded(head.tree.model, qa, sequences), qa, score)
     x = weights * (scores if leak_at is None else scores >= leak_at)                # (n,)
     known = float(head.p @ head.values(score_answers(head.answers, qa, score), leak_at))
     return _claimed(head, x, known, head.open / beta, alpha=alpha, side=side, what=quantity(leak_at))

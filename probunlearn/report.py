@@ -322,8 +322,10 @@ class Report:
         self.marked = np.where(self.missing, np.nan, self.leaks)                        # (Q, n) 1, 0, NaN where lost
         if self.control: self.control_marked = _marked_control(self)                    # (Q, n) the same
 
-    @property
-    def what_leaks(self): return f"{score_name(self.score, self.forget.qas)} ≥ {self.leak_at:g}"
+    @cached_property
+    def what_leaks(self):
+        answers = {text for d in self.forget.draws for text in d.answers}
+        return f"{score_name(self.score, self.forget.qas, answers)} ≥ {self.leak_at:g}"
     @property
     def decoding(self): return f"{self.forget.way}, model {self.name}"
     @property
@@ -431,7 +433,7 @@ def _as_report(report):
         "name": report.name,
         "lead": lead(report),
         "claims": report.claims,
-        "score": score_name(report.score, report.forget.qas),
+        "score": report.what_leaks.rpartition(" ≥ ")[0],
         "leak_at": report.leak_at,
         "prompt": report.forget.prompt,
         "alpha": report.alpha * report.looks * report.models,

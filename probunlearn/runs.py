@@ -184,7 +184,7 @@ def checked_plan(
                      "will be, each with twice the draws of the one before, a whole number from 1 to 1000; "
                      f"or 'anytime'; got {planned!r}")
 
-_NEWER = ("prompt", "asked")        # settings that runs of an earlier version don't name
+_NEWER = ("prompt", "asked", "memory")      # settings that runs of an earlier version don't name
 
 def _check_same(run, settings):
     "ValueError when a folder's run has other settings."

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 # %% ../nbs/5_models/04_sampling.ipynb #ecc0debe
 from .checks import is_whole, whole
-from .data import check_unique, encode_prompt
+from .data import check_unique, decoder, encode_prompt
 from .draws import Decoding, draws_from_tokens, prompt_words
 from .law import draw_streams, pick_tokens, stream_numbers
-from .prefix import grow_rows, read_prompts
-from .weights import end_ids
+from .prefix import grow_rows, read_prompts, shares_prefix
+from .weights import check_causal, end_ids
 
 # %% ../nbs/5_models/04_sampling.ipynb #7943c35a
 def takes_model(function):
@@ -63,6 +63,16 @@ def _branch(row, token, state, limit, vocabulary):
         origin = parent[rows]
         yield origin, token[rows], None if state is None else state[origin], draws, row[draws] - a
 
+# %% ../nbs/5_models/04_sampling.ipynb #fce7106c
+EARLIER = 32        # MB, in runs of earlier versions
+
+def pass_memory(
+    lm,             # causal LM
+) -> int:           # MB of keys and values
+    "What the rows of one pass may take: fixed by the size and number format of the weights, never by what is free."
+    size = sum(p.numel() * p.element_size() for p in lm.parameters())
+    return max(1024, size // 2**21)
+
 # %% ../nbs/5_models/04_sampling.ipynb #7225bfb7
 def _whole_limit(lm, length, memory):
     "The same for rows without a cache: as if a text of `length` tokens took keys and values while it is read."
@@ -72,6 +82,9 @@ def _whole_limit(lm, length, memory):
 def _limit(lm, read, length, memory):
     "How many rows fit into `memory` MB of keys and values, when each gets up to `length` tokens."
     if torch.is_tensor(read[1]): return _whole_limit(lm, read[1].shape[1] + length, memory)
+    before = read[2].shape[1]
+    # rows that don't share their prompt hold a copy; runs of earlier versions didn't count it
+    if memory != EARLIER and not shares_prefix(lm, before + length): length += before
     layers = [layer for layer in read[1].layers if getattr(layer, "keys", None) is not None]
     tensors = [x for layer in layers for x in (layer.keys, layer.values)]
     per_token = sum(x.shape[1] * x.shape[3] * x.element_size() for x in tensors)
@@ -144,8 +157,9 @@ def encode_prompts(
     model,              # `LocalModel`
     qas: list,          # the questions
     decoding: Decoding,
-) -> list:              # token id lists; ValueError on no questions, duplicate ids or no room for an answer
+) -> list:              # token id lists; ValueError on no questions, duplicate ids, no room, or no causal model
     "The prompt of each question."
+    check_causal(model.lm)
     room = getattr(model.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
     prompts = [encode_prompt(model.tok, qa.question, model.template) for qa in check_unique(qas)]
     for qa, prompt in zip(qas, prompts):
@@ -157,9 +171,10 @@ def encode_prompts(
 # %% ../nbs/5_models/04_sampling.ipynb #ec7ed071
 BLOCK = 256     # draws of one question that grow together
 
-def _budget(device, merge):
+def _budget(model, merge):
     "(MB of keys and values, least rows): fixed for single blocks, which are so the same everywhere; else all there is."
-    if merge == 1: return 32, 64
+    if merge == 1: return getattr(model, "memory", None) or pass_memory(model.lm), 64
+    device = model.lm.device
     return (torch.cuda.mem_get_info(device)[0] / 2**21 if device.type == "cuda" else 512), 1
 
 def _grow_within(memory, least, *args):
@@ -194,8 +209,8 @@ def _sequences(tokens):
 
 def _answer(model, qa, drawn, decoding, seed):
     "`Draws` of one question from its (token sequences, log-probabilities)."
-    def decode(tokens): return model.tok.decode(tokens, skip_special_tokens=True).strip()
-    return draws_from_tokens(qa.id, *drawn, decode, set(end_ids(model.lm, model.tok)), decoding=decoding, seed=seed,
+    text = decoder(model.tok, qa.question, model.template)
+    return draws_from_tokens(qa.id, *drawn, text, set(end_ids(model.lm, model.tok)), decoding=decoding, seed=seed,
                              prompt=prompt_words(model.template))
 
 # %% ../nbs/5_models/04_sampling.ipynb #0ed44b19
@@ -208,14 +223,14 @@ def draw_answers(
     *,
     start: int = 0,         # leave out the draws before this one, a multiple of 256
     merge: int = 1,         # blocks of 256 draws that grow in one batch
-    memory: float = None,   # MB for keys and values; None: 32 for single blocks (or 64 draws), else what there is
+    memory: float = None,   # MB for keys and values; None: the model's own for single blocks, else what there is
     progress: bool = True,
 ) -> list:                  # `Draws`, one per question; ValueError on n < 1, no or equal questions, or a full context
     "Draw `n` independent answers to each question, with exact log-probabilities."
     n, start, merge = _check_draws(n, start, merge, memory)
     decoding = replace(decoding, rule=str(model.rule) if model.rule else "")
     prompts = encode_prompts(model, qas, decoding)
-    memory, least = (memory, 1) if memory else _budget(model.lm.device, merge)
+    memory, least = (memory, 1) if memory else _budget(model, merge)
     blocks = [(q, a, min(a + BLOCK, n)) for q in range(len(qas)) for a in range(start, n, BLOCK)]
     drawn = [([], []) for _ in qas]
     steps = range(0, len(blocks), merge)

@@ -16,6 +16,7 @@ import unicodedata
 
 # %% ../nbs/1_records/06_scores.ipynb #9b82de13
 from .checks import chosen
+from .data import thinks
 
 # %% ../nbs/1_records/06_scores.ipynb #8d3a4f3c
 @lru_cache(maxsize=1)
@@ -237,12 +238,14 @@ def _score_key(score):
 def score_name(
     score: str | Callable,      # a name in `SCORES`, or a function (answer, qa) -> float
     qas: Sequence = (),         # the records that it is used on, where known
+    answers: Sequence[str] = (),    # the texts that it is used on, where known
 ) -> str:                       # how the score is written for readers; ValueError for a name not in `SCORES`
-    "The full name of `score`, its variant included, and that the best of several accepted answers counts."
+    "The full name of `score`, its variant included, whether the best of several answers counts, and thoughts do."
     key = _score_key(score)
     if key is None: return getattr(score, "__name__", type(score).__name__)
     several = not key.startswith("keywords") and any(qa.alternatives for qa in qas)
-    return _LABELS[key] + (", best of the accepted answers" if several else "")
+    best = ", best of the accepted answers" if several else ""
+    return _LABELS[key] + best + (", thoughts included" if any(map(thinks, answers)) else "")
 
 # %% ../nbs/1_records/06_scores.ipynb #8624b85b
 _BINARY = {"exact_match", "keywords_any", "keywords_all"}

@@ -21,6 +21,7 @@ import warnings
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, logging
 import torch
 import transformers
@@ -115,19 +116,43 @@ def beside(
 _OTHER_HEAD = re.compile("For.*(Classification|Answering|Choice|MaskedLM|Prediction|Regression|RewardModel|Retrieval)$")
 
 def _writes(config):
-    "Whether `transformers`, or code that comes with the model, can write from left to right with it."
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False): return False
+    "Whether `transformers`, or code that comes with the model, can write with it."
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     return known or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
 
+# %% ../nbs/5_models/01_weights.ipynb #e22f1af5
+# kinds that `transformers` counts among causal models, and what they do instead
+_OTHER_WAYS = dict(cpmant="which puts tokens of its own before each prompt", xlnet="which writes in any order",
+                   trocr="a decoder that lacks its encoder", whisper="a decoder that lacks its encoder")
+
+_BOTH_SIDES = "which doesn't write from left to right"
+
+def _other_way(config):
+    "What an architecture does instead of writing text from left to right, or None."
+    kind = config.model_type
+    if config.is_encoder_decoder: return f"an encoder with a decoder ({kind})"
+    half = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    why = "a decoder that lacks its encoder" if half else _OTHER_WAYS.get(kind)
+    if why: return f"a model of kind {kind!r}, {why}"
+    both_sides = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    return f"a model of kind {kind!r}, {_BOTH_SIDES}" if both_sides else None
+
+_CAUSAL = "pass a causal language model (…ForCausalLM)"
+
+def check_causal(
+    lm,             # whatever was put into a `LocalModel`
+) -> None:          # ValueError for a model whose answers would not have its own law
+    "A model that writes text from left to right, each token behind those before it?"
+    what = _other_way(lm.config)
+    if what: raise ValueError(f"{type(lm).__name__} is {what}: {_CAUSAL}")
+
+# %% ../nbs/5_models/01_weights.ipynb #517b5835
 def _check_writes(source, config):
-    "ValueError for a model that doesn't write text from left to right."
+    "ValueError for a source that doesn't write text from left to right."
     heads = [head for head in getattr(config, "architectures", None) or () if _OTHER_HEAD.search(head)]
-    if config.is_encoder_decoder: what = f"an encoder with a decoder ({config.model_type})"
-    elif heads: what = f"{heads[0]}, which has no head for words"
-    elif not _writes(config): what = f"a model of kind {config.model_type!r}, which doesn't write from left to right"
-    else: return
-    raise ValueError(f"{source} is {what}: pass a causal language model (…ForCausalLM)")
+    what = f"{heads[0]}, which has no head for words" if heads and not config.is_encoder_decoder else _other_way(config)
+    if not what and not _writes(config): what = f"a model of kind {config.model_type!r}, {_BOTH_SIDES}"
+    if what: raise ValueError(f"{source} is {what}: {_CAUSAL}")
 
 # %% ../nbs/5_models/01_weights.ipynb #8924393d
 def _check_known(source, raw, trusted):

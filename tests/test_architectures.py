@@ -1,5 +1,6 @@
 """Each family of causal LMs as a tiny random model: its draws carry its own law, or it is refused by name."""
 import copy
+import re
 
 import pytest
 import torch
@@ -52,6 +53,19 @@ RECOMPUTED = {
                        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
                        linear_value_head_dim=8, moe_intermediate_size=16, shared_expert_intermediate_size=16) | EXPERTS,
 }
+BART = dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+            encoder_ffn_dim=48, decoder_ffn_dim=48)
+REFUSED = {
+    "cpmant": (dict(dim_head=8, dim_ff=48, prompt_length=4), "which puts tokens of its own before each prompt"),
+    "xlm": (dict(emb_dim=32, n_layers=2, n_heads=4), "which doesn't write from left to right"),
+    "bert": ({}, "which doesn't write from left to right"),
+    "roberta": ({}, "which doesn't write from left to right"),
+    "trocr": (BART, "a decoder that lacks its encoder"),
+    "whisper": (BART, "a decoder that lacks its encoder"),
+    "bart": (BART, "a decoder that lacks its encoder"),
+    "blenderbot-small": (BART, "a decoder that lacks its encoder"),
+    "marian": (BART, "a decoder that lacks its encoder"),
+}
 FAMILIES = {kind: ("shared", None) for kind in SHARED}
 FAMILIES |= {kind: ("copied", options) for kind, options in COPIED.items()}
 FAMILIES |= {kind: ("recomputed", options) for kind, options in RECOMPUTED.items()}
@@ -61,10 +75,11 @@ SLOW = "ignore:.*each token reads its whole text again"
 
 def tiny(kind, dtype=torch.float32):
     "A model of the family with random weights, at most two layers wide of 32."
-    if FAMILIES[kind][1] is None: return random_lm(kind, dtype=dtype)
+    if FAMILIES.get(kind, ("", 0))[1] is None: return random_lm(kind, dtype=dtype)
     torch.manual_seed(0)
     tokens = dict(vocab_size=16, eos_token_id=15, bos_token_id=None, pad_token_id=0)
-    config = AutoConfig.for_model(kind, **SIZES | FAMILIES[kind][1] | tokens)
+    options = REFUSED[kind][0] if kind in REFUSED else FAMILIES[kind][1]
+    config = AutoConfig.for_model(kind, **SIZES | options | tokens)
     lm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     lm.generation_config.eos_token_id, lm.generation_config.pad_token_id = 15, 0
     return lm
@@ -104,6 +119,16 @@ def test_draws_carry_the_models_own_law(kind, way):
     greedy = model.greedy(qas, decoding)
     assert [tuple(draws.tokens[0]) for draws in greedy] == [generated(lm, prompt, 6) for prompt in prompts]
     assert batch_shift(lm, model.tok, prompts) < 1e-4
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_others_are_refused_by_name(kind):
+    "`transformers` counts them among causal models, but a token's law isn't that of the tokens before it."
+    model, qas = letter_model(tiny(kind)), letters(2)
+    words = re.escape(f"a model of kind {kind!r}, {REFUSED[kind][1]}: pass a causal language model")
+    for ask in (lambda: model.draw(qas, 2), lambda: model.greedy(qas), lambda: model.check(qas, Decoding()),
+                lambda: answer_logprob(model, qas), lambda: PrefixTree(model, qas[0], Decoding())):
+        with pytest.raises(ValueError, match=words): ask()
 
 
 @pytest.mark.filterwarnings(SLOW)

@@ -28,7 +28,8 @@ from servers import choices, free_port, real, script, served, varied      # noqa
 
 QAS, SHORT = fictional_authors("forget10")[:2], Decoding(max_new_tokens=16)
 ONE = [QA("q", "why?", "x", ("x",))]
-USUAL = "temperature 1, top_k, min_p, repetition_penalty left to the server, at most 64 tokens"
+USUAL = "temperature 1, at most 64 tokens"
+BEYOND = "top_k, min_p, repetition_penalty, repeat_penalty"      # what OpenAI's protocol doesn't know
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +354,11 @@ BAD_REPLIES = [(200, "<html>busy</html>", "isn't of the OpenAI protocol"), (200,
                (200, {"error": {"message": "overloaded"}}, "an error instead of answers: overloaded"),
                (200, {"choices": None}, "isn't of the OpenAI protocol"), (200, [], "isn't of the OpenAI protocol"),
                (200, {"choices": "abc"}, "isn't of the OpenAI protocol"),
-               (200, "[" * 9999, "isn't of the OpenAI protocol")]
+               (200, "[" * 9999, "isn't of the OpenAI protocol"),
+               (200, {"error": {"message": "out of memory"}}, "an error instead of answers: out of memory"),
+               (200, {"error": "no such engine"}, "an error instead of answers: no such engine"),
+               (200, 'data: {"choices": []}\n\ndata: [DONE]\n', "OpenAI protocol: a stream of events: data: {"),
+               (200, 'data: {"error": {"message": "cut off"}}\n\n', "OpenAI protocol: a stream that says cut off")]
 
 @pytest.mark.parametrize("status, reply, words", BAD_REPLIES, ids=lambda v: str(v)[:20])
 def test_a_reply_without_answers_leaves_draws_missing(script, status, reply, words):
@@ -416,20 +421,71 @@ def test_what_extra_changes_is_said_and_what_the_package_sets_is_refused(script)
     server = script(lambda *_: (200, said))
     def drawn(**extra): return server.endpoint(per_request=1, extra=dict(logprobs=1, **extra)).draw(ONE, 1)[0]
     assert str(drawn(seed=None).decoding) == USUAL and drawn(seed=None).logprobs is not None
-    assert server.bodies[-1]["presence_penalty"] == server.bodies[-1]["frequency_penalty"] == 0
-    plain = drawn(top_k=0, min_p=0, repetition_penalty=1)
-    assert str(plain.decoding) == "temperature 1, at most 64 tokens" and plain.logprobs is not None
-    assert [server.bodies[-1][name] for name in ("top_k", "min_p", "repetition_penalty")] == [0, 0, 1]
-    other = drawn(min_p=.2, max_tokens=None)
-    left = "max_tokens, top_k, repetition_penalty left to the server"
+    sent = dict(presence_penalty=0, frequency_penalty=0, top_k=0, min_p=0, repetition_penalty=1, repeat_penalty=1)
+    assert sent.items() <= server.bodies[-1].items()
+    plain = drawn(top_k=-1, min_p=0, repetition_penalty=1)
+    assert str(plain.decoding) == USUAL and plain.logprobs is not None and server.bodies[-1]["top_k"] == -1
+    other = drawn(min_p=.2, max_tokens=None, top_k=None)
+    left = "max_tokens, top_k left to the server"
     assert str(other.decoding) == f"temperature 1, min_p 0.2, {left}, at most 64 tokens"
     assert other.logprobs is None                           # the server's aren't this distribution's
     assert server.bodies[-1]["min_p"] == .2 and "max_tokens" not in server.bodies[-1]
 
 
 def test_what_is_left_to_the_server_stands_in_every_claim(script):
-    report = evaluate(script(lambda body, *_: (200, varied(body))).endpoint(), ONE, 8, progress=False)
-    assert all("top_k, min_p, repetition_penalty left to the server" in str(b) for b in report.bounds.values())
+    endpoint = script(lambda body, *_: (200, varied(body))).endpoint(extra=dict(top_k=None, min_p=None))
+    report = evaluate(endpoint, ONE, 8, progress=False)
+    assert all("top_k, min_p left to the server" in str(b) for b in report.bounds.values())
+
+
+def strict(*unknown):
+    "A server that refuses some fields, by name, one at a time or all together."
+    def reply(body, *_):
+        there = [name for name in unknown if name in body]
+        if there: return 400, {"error": {"message": f"Unrecognized request argument supplied: {there[0]}"}}
+        return 200, varied(body)
+    return reply
+
+
+@pytest.mark.parametrize("reply", [
+    strict("top_k", "min_p", "repetition_penalty", "repeat_penalty"),
+    lambda body, *_: (422, {"detail": f"Unexpected keys in the request: {set(BEYOND.split(', '))}"})
+                     if "top_k" in body else (200, varied(body))], ids=["one by one", "together"])
+def test_what_the_server_refuses_is_left_to_it_and_said(script, reply, tmp_path):
+    "No draw is lost by asking: a refused request has drawn nothing. The run's identity is what was meant to be sent."
+    server = script(reply)
+    endpoint = server.endpoint(per_request=2)
+    report = evaluate(endpoint, ONE, 12, out=tmp_path, progress=False)
+    assert all(f"temperature 1, {BEYOND} left to the server" in str(b) for b in report.bounds.values())
+    assert not report.missing.any() and "top_k" not in server.bodies[-1]
+    before = len(server.bodies)
+    evaluate(endpoint, ONE, 16, out=tmp_path, progress=False)
+    assert before < len(server.bodies) <= before + 2 + 6 * endpoint.workers
+    assert read_run(tmp_path).settings["sent"]["min_p"] == 0 and read_run(tmp_path).settings["left"] == []
+
+
+def test_a_server_that_means_minus_one_by_no_top_k(script):
+    "SGLang refuses 0."
+    def reply(body, *_):
+        if body["top_k"] == 0: return 400, {"message": "top_k must be -1 (disable), or at least 1, got 0."}
+        return 200, varied(body)
+    server = script(reply)
+    assert str(server.endpoint().draw(ONE, 8)[0].decoding) == USUAL and server.bodies[-1]["top_k"] == -1
+
+
+def test_a_value_of_ours_that_is_refused_is_an_error(script):
+    server = script(strict("top_k"))
+    with pytest.raises(ValueError, match="Unrecognized request argument supplied: top_k"):
+        server.endpoint().draw(ONE, 8, Decoding(top_k=5))
+    with pytest.raises(ValueError, match="supplied: top_k"): server.endpoint(extra=dict(top_k=-1)).draw(ONE, 8)
+
+
+def test_a_run_of_an_earlier_version_goes_on(script, tmp_path):
+    "It sent two penalties only: the fields that it left are left by name."
+    endpoint = script(lambda body, *_: (200, varied(body))).endpoint(extra=dict.fromkeys(BEYOND.split(", ")))
+    identity = endpoint.identity
+    assert identity["sent"] == dict(presence_penalty=0, frequency_penalty=0) and identity["extra"] == {}
+    assert identity["left"] == ["top_k", "min_p", "repetition_penalty"]
 
 
 def test_an_answer_that_is_empty_is_an_answer(script):
