@@ -70,6 +70,7 @@ _SOUNDS = {     # sound → beginnings, vowels, middles; ends of first names, of
 _SOUNDS = {sound: [part.split() for part in parts] for sound, parts in _SOUNDS.items()}
 _ENDS = dict(first=3, family=4, town=5)         # where a sound's ends stand
 
+# %% ../nbs/1_records/02_world.ipynb #ae942f33
 # words that people use, which the package wordfreq found among ours, and a few that sound rude
 _REAL = set("""
 Boyuta Brania Cantina Chishita Coniga Cuntado Cuntez Donano Fartela Feldman Filmine Fliniga Fukiba Fusaro Henley
