@@ -29,12 +29,12 @@ LAWS = {
         lambda rng, n: np.where(rng.random(n) < .5, 0, rng.uniform(.7, 1, n)), .425, (.365 - .425**2)**.5),
 }
 
-_MEANS = "hoeffding", "kl", "hoeffding-bentkus", "maurer-pontil", "dkw", "bj", "betting"
+_MEANS = "hoeffding", "kl", "hoeffding-bentkus", "maurer-pontil", "dkw", "bj", "constant-stakes", "betting"
 # what is bounded → (function, its methods, the truth from mean and standard deviation)
 BOUNDS = {
     "mean": (mean_bound, _MEANS, lambda mean, std: mean),
-    "standard deviation": (std_bound, ("dkw", "bj"), lambda mean, std: std),
-    "mean + 2 std": (ed_bound, ("dkw", "bj"), lambda mean, std: mean + 2 * std),
+    "standard deviation": (std_bound, ("dkw", "bj", "betting"), lambda mean, std: std),
+    "mean + 2 std": (ed_bound, ("dkw", "bj", "betting"), lambda mean, std: mean + 2 * std),
 }
 
 # %% ../nbs/4_reports/04_views.ipynb #48c2220a
