@@ -77,14 +77,10 @@ def _save(model, out, history):
 
 # %% ../nbs/9_together/06_cli.ipynb #31feb7f5
 @dataclass(kw_only=True)
-class Finetune(TrainConfig):
-    "Teach a model the answers to questions."
+class Trained:
+    "What both commands that train need to know about the model."
     model: str
     "folder or hub id; small:full and small:retain are packaged"
-    data: str
-    "records to learn: .json/.jsonl/.csv file, folder or hub id; fictional_authors is packaged"
-    split: str = None
-    "name of the data set in a folder, on the hub or in the packaged world, e.g. retain90"
     lora: int = 0
     "rank of LoRA adapters, merged into the saved model; 0 trains all weights"
     prompt: str = None
@@ -93,11 +89,21 @@ class Finetune(TrainConfig):
     "what it is trained to say after --prompt; {answer} stands for the answer"
     system: str = None
     "system message of its chat template"
+
+    def template(self): return _template(self.prompt, self.answer, self.system)
+
+@dataclass(kw_only=True)
+class Finetune(Trained, TrainConfig):
+    "Teach a model the answers to questions."
+    data: str
+    "records to learn: .json/.jsonl/.csv file, folder or hub id; fictional_authors is packaged"
+    split: str = None
+    "name of the data set in a folder, on the hub or in the packaged world, e.g. retain90"
     out: str
     "folder for the trained model"
 
     def run(self):
-        template = _template(self.prompt, self.answer, self.system)
+        template = self.template()
         qas, out = _records(self.data, self.split), _folder(self.out)
         model = _trainable(self, template)
         _save(model, out, finetune(model, qas, self))
@@ -109,29 +115,19 @@ def _probe(forget, retain):
     return leak_probe(forget[:10], retain[:10], score=score)
 
 @dataclass(kw_only=True)
-class Unlearn(UnlearnConfig):
+class Unlearn(Trained, UnlearnConfig):
     "Make a model forget some answers and keep others."
-    model: str
-    "folder or hub id; small:full and small:retain are packaged"
     data: str
     "folder or hub id that holds both data sets; fictional_authors is packaged"
     forget: str = "forget10"
     "name of the data set to forget"
     retain: str = "retain90"
     "name of the data set to keep"
-    lora: int = 0
-    "rank of LoRA adapters, merged into the saved model; 0 trains all weights"
-    prompt: str = None
-    "what the model is shown; {question} stands for the question. Default: its chat template, if it has one"
-    answer: str = None
-    "what it is trained to say after --prompt; {answer} stands for the answer"
-    system: str = None
-    "system message of its chat template"
     out: str
     "folder for the unlearned model"
 
     def run(self):
-        template = _template(self.prompt, self.answer, self.system)
+        template = self.template()
         forget, retain = _records(self.data, self.forget), _records(self.data, self.retain)
         out = _folder(self.out)
         model = _trainable(self, template)
@@ -195,7 +191,7 @@ def _evaluate(command):
     _announce(asked)
     print(f"cost: {run_cost(asked, qas, how['n'], decoding=how['decoding'], retain=kept)}", flush=True)
     if letters: _print_options(command, model, qas)
-    report = evaluate(asked, qas, out=out, retain=kept, name=command.name or command.model, **how)
+    report = evaluate(asked, qas, out=out, retain=kept, name=command.name or command.model, progress="bar", **how)
     if report is None: return
     report.how["command"] = as_command("evaluate", command)
     print("\n".join(f"• {claim}" for claim in report.claims))

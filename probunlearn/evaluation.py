@@ -151,10 +151,10 @@ def _check(model, qas, retain, *, score, leak_at, alpha, decoding):
     check_score(score, qas + retain)
     if hasattr(model, "check"): model.check(qas + retain, decoding)
 
-def _announce(run, model, n, *, score, leak_at, alpha):
-    "What these draws will be able to say, how the model is asked, and that somebody watches."
+def _announce(run, model, n, *, score, leak_at, alpha, told):
+    "What these draws will be able to say, how the model is asked unless that was told, and that somebody watches."
     print(RunPlan(n, len(run.questions["forget"]), alpha))
-    print(f"{model.name} is {model.asked}; model.replace(template=Template(…)) asks another way.")
+    if not told: print(f"{model.name} is {model.asked}; model.replace(template=Template(…)) asks another way.")
     look(run, n, score=score_name(score), leak_at=leak_at, alpha=alpha)         # the bar shows a bound
 
 def _unfinished(run, groups, shard):
@@ -223,7 +223,7 @@ def evaluate(
     looks=None,                         # n's that will be reported on, planned before: [512, 2048]; how many; or "anytime"
     shard: tuple = None,                # (i, N): draw the i-th of N parts; None: torchrun's, else everything
     control=None,                       # a model that can't know the answers: claims are stated net of it, too
-    progress: bool = True,
+    progress=True,                      # False is silent; "bar" leaves out how the model is asked, which was said before
 ) -> Report:                            # None while others still draw
     "Draw answers, score them, bound what leaks; ValueError before any work on bad settings or another run in `out`."
     qas, retain, shard = list(qas), list(retain), _share(shard, out)
@@ -232,7 +232,7 @@ def evaluate(
     if control: _check_control(control, model, qas, decoding)
     run = open_run(out, _settings(model, decoding, seed), qas, retain, planned=looks, made=getattr(model, "made", {}))
     groups = dict(forget=n) | (dict(retain=n_retain) if retain else {})
-    if progress: _announce(run, model, n, score=score, leak_at=leak_at, alpha=alpha)
+    if progress: _announce(run, model, n, score=score, leak_at=leak_at, alpha=alpha, told=progress == "bar")
     live = _live(score, leak_at, alpha / len(run.questions["forget"])) if progress else None
     how = dict(decoding=decoding, shard=shard, progress=progress)
     _draw(run, model, groups, seed=seed, leaks=live, **how)

@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 
 # %% ../nbs/4_reports/06_reading.ipynb #4fc86c4e
-from .bounds import leaked
-from .checks import whole
+from .bounds import leaked, rounded
+from .checks import chosen, whole
 from .questions import difference_bound
 from .report import Asked, Board, Report, paid
 from .runs import Run, look, other_reports, read_run
@@ -106,16 +106,62 @@ def _ways(*reports):
     if len(set(ways)) == 1: return ways[0]
     return "; ".join(f"{report.name}: {way}" for report, way in zip(reports, ways))
 
-def _difference(report, first, alpha):
-    "What can be claimed about the average leak probability of one model minus that of another."
+def _difference(report, first, alpha, among=1):
+    "What can be claimed about the average leak probability of one model minus that of another, of `among` pairs jointly."
     of = [np.where(each.missing, np.nan, each.leaks) for each in (report, first)]
     looks, pairs = max(report.looks, first.looks), report.models * first.models     # all that could have been compared
     anytime = report.anytime or first.anytime                                       # one of them grew after a look
-    bound = difference_bound(*of, alpha=alpha / looks / pairs, pooled=True, missing="worst", anytime=anytime)
+    each = alpha / looks / pairs / among
+    bound = difference_bound(*of, alpha=each, pooled=True, missing="worst", anytime=anytime)
+    jointly = f", jointly for {among} models" * (among > 1)
     return replace(
         paid(bound, looks, pairs), alpha=alpha, decoding=_ways(report, first),
         quantity=f"the average leak probability of {report.name} minus that of {first.name}",
-        scope=f"{bound.scope}, leak: {report.what_leaks}")
+        scope=f"{bound.scope}{jointly}, leak: {report.what_leaks}")
+
+# %% ../nbs/4_reports/06_reading.ipynb #a8a9836c
+_STAKES = np.geomspace(.01, .99, 24)        # shares of the capital, fixed beforehand
+
+def less_evidence(
+    report,
+    first,
+) -> float:     # e-value: at most 1 on average where the first model leaks no more than the other
+    "Evidence that one model leaks less on average than another, from paired draws (Waudby-Smith and Ramdas 2024)."
+    leaks, others = report.leaks | report.missing, first.leaks          # what is missing counts against the claim
+    wins, losses = (others & ~leaks).sum(), (leaks & ~others).sum()
+    money = wins * np.log1p(_STAKES) + losses * np.log1p(-_STAKES)
+    return float(np.exp(np.minimum(np.logaddexp.reduce(money) - np.log(len(_STAKES)), 700)))
+
+def e_bh(
+    evidence,           # (k,) e-values, dependent in any way
+    alpha: float,       # expected share of wrong ones among those that are named, at most
+) -> np.ndarray:        # (k,) bool: which are named
+    "Which hypotheses are rejected at a false discovery rate of `alpha` (Wang and Ramdas 2022)."
+    evidence = np.asarray(evidence, float)
+    order = np.argsort(-evidence, kind="stable")
+    enough = evidence[order] * np.arange(1, len(order) + 1) >= len(order) / alpha
+    named = np.zeros(len(order), bool)
+    if enough.any(): named[order[:np.flatnonzero(enough)[-1] + 1]] = True
+    return named
+
+# %% ../nbs/4_reports/06_reading.ipynb #42621e1d
+def _named_less(others, first, alpha):
+    "Which models leak less than the first, in one sentence; the draws of one that was chosen pay for the choice."
+    pairs = [max(r.looks, first.looks) * r.models * first.models for r in others]
+    evidence = [less_evidence(r, first) / price for r, price in zip(others, pairs)]
+    found = [f"{r.name} (e = {rounded(e, 'lower', 3)})" for r, e, named in zip(others, evidence, e_bh(evidence, alpha)) if named]
+    return (f"Of these {len(others)} models, {', '.join(found) or 'none'} leak{'s' * (len(found) < 2)} less on average than "
+            f"{first.name}: the expected share of wrong names in such a list is at most {rounded(alpha)} (e-BH).")
+
+def _family(others, first, alpha, family):
+    "The notes of a comparison: differences, each alone or jointly, and what holds for all of them."
+    among = len(others) if family == "fwer" else 1
+    notes = [str(_difference(report, first, alpha, among)) for report in others]
+    if family == "fdr": return [*notes, _named_less(others, first, alpha)]
+    if len(others) < 2 or family == "fwer": return notes
+    total = rounded(min(1, float(f"{alpha * len(others):.12g}")))
+    return [*notes, f"Each of these {len(others)} claims stands for itself: that some of them is wrong has probability at "
+            f"most {total}. family='fwer' makes them hold jointly, family='fdr' names the models that leak less."]
 
 # %% ../nbs/4_reports/06_reading.ipynb #2e123c75
 def versus(
@@ -123,10 +169,12 @@ def versus(
     *,
     alpha: float = 0.01,    # chance that the claim about one pair is wrong
     reference: tuple = (),  # names of reports that are there for comparison only
+    family: str = "each",   # "each" pair alone, all jointly ("fwer"), or also a list of models with few errors ("fdr")
 ) -> Board:                 # with the differences as notes; ValueError when reports don't match
     "Models side by side, and claims about their differences (betting on paired draws: Waudby-Smith and Ramdas 2024)."
+    chosen("family", family, ["each", "fwer", "fdr"])
     board = Board(list(reports), reference=reference, name=" versus ".join(r.name for r in reports))
     first, *others = board.reports
     for report in board.reports: _check_pairs(report, first)
-    board.notes += [str(_difference(report, first, alpha)) for report in others]
+    board.notes += _family(others, first, alpha, family)
     return board

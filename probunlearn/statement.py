@@ -453,6 +453,13 @@ def _of_rows(board, say):
     for r in board.reports: found.setdefault(say(r), []).append(r.name)
     return "; ".join(what + f" ({', '.join(names)})" * (len(found) > 1) for what, names in found.items())
 
+def _column(board):
+    "What the bounds of one column cost together; empty for one row."
+    if len(board.reports) < 2: return ""
+    total = min(1.0, sum(_known_alpha(r) for r in board.reports))
+    return (f"That some of the {len(board.reports)} bounds in a column is wrong has probability at most "
+            f"{rounded(float(f'{total:.12g}'))}. ")
+
 def _board_legend(board):
     "What the numbers of a board are, and what they hold for."
     first = board.reports[0]
@@ -460,7 +467,8 @@ def _board_legend(board):
     decoding = _of_rows(board, lambda r: r.forget.way)
     sure = _of_rows(board, lambda r: f"{r.confidence}, α = {rounded(r.alpha * r.looks * r.models)}")
     return (f"Forget questions: {len(first.x)}; a leak is {first.what_leaks}. Draws of each question: {draws}. "
-            f"Decoding: {decoding}. Each bound holds by itself with {sure}. {_control_legend(board)}{_LEGEND}")
+            f"Decoding: {decoding}. Each bound holds by itself with {sure}. {_column(board)}{_control_legend(board)}"
+            f"{_LEGEND}")
 
 def _control_legend(board):
     "What the control of a board is; empty without one."

@@ -226,8 +226,9 @@ def _provenance(run, data):
 
 # %% ../nbs/4_reports/08_verification.ipynb #8426b09a
 def _words(page):
-    "A page without its drawings, line by line."
-    return [line for line in re.sub(r"<svg.*?</svg>", "", page, flags=re.S).splitlines() if line.strip()]
+    "A page without its drawings, line by line, each sentence on a line of its own."
+    text = re.sub(r"<svg.*?</svg>", "", page, flags=re.S).replace("<li>", "\n<li>")
+    return [line for line in text.splitlines() if line.strip()]
 
 def _text_file(path, now, data, digest):
     "Whether a page or card says what the report says."
@@ -274,4 +275,4 @@ def verify(
     except (ValueError, OSError) as error:
         checks.append(Check("draws", "the report made again", False, str(error)))
         sentences = [Check("sentence", claim, False, "it can't be made again from these draws") for claim in data["claims"]]
-    return Verification(str(path), (*checks, *sentences))
+    return Verification(f"{path.resolve().parent.name}/{path.name}", (*sentences, *checks))

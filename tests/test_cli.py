@@ -185,7 +185,9 @@ def test_a_chat_model_is_asked_through_its_template_unless_told_otherwise(chatty
         out = data/f"run{i}"
         assert main(["evaluate", *words(**how, **few(out), **typed)]) is None
         assert asked(out) == (template, prompt)
-        first, report = capsys.readouterr().out.splitlines()[0], json.loads((out/"report.json").read_text())
+        lines, report = capsys.readouterr().out.splitlines(), json.loads((out/"report.json").read_text())
+        first, said_of_it = lines[0], [line for line in lines if line.startswith("chatty is asked")]
+        assert len(said_of_it) == 1
         assert first.startswith("chatty is asked") and said in first
         assert first.endswith("; --prompt or --system asks another way")
         assert all(said in claim for claim in report["claims"][:2])
@@ -291,3 +293,19 @@ def test_what_stands_beside_a_config_wins_wherever_it_stands(tmp_path, monkeypat
     for line in ([*own, "--config", str(file)], ["--config", str(file), *own], [*own, f"--config={file}"]):
         main(["plan", *line])
     assert seen == [(16, 5)] * 3
+
+
+# --- verify -----------------------------------------------------------------------------------------------------------
+
+def test_verify_takes_a_folder_and_ends_with_1_when_something_is_wrong(data, capsys):
+    assert main(evaluation(data=data, split="mine", **few(data/"run"))) is None
+    capsys.readouterr()
+    assert main(["verify", str(data/"run")]) is None
+    assert "nothing contradicts the draws" in capsys.readouterr().out
+    assert main(["report", str(data/"run"), *words(score="rouge_l_recall", out=data/"again.html")]) is None
+    assert main(["verify", str(data/"run"), *words(report=data/"again.html")]) is None
+    there = data/"run"/"report.json"
+    there.write_text(there.read_text().replace("at most", "at the most"))
+    with pytest.raises(SystemExit) as end: main(["verify", *words(folder=data/"run")])
+    assert end.value.code == 1 and "DOESN'T STAND" in capsys.readouterr().out
+    assert "holds no run" in main(["verify", str(data/"gone"), *words(report=there)])
