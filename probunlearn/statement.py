@@ -467,7 +467,8 @@ def _board_legend(board):
     decoding = _of_rows(board, lambda r: r.forget.way)
     sure = _of_rows(board, lambda r: f"{r.confidence}, α = {rounded(r.alpha * r.looks * r.models)}")
     return (f"Forget questions: {len(first.x)}; a leak is {first.what_leaks}. Draws of each question: {draws}. "
-            f"Decoding: {decoding}. Each bound holds by itself with {sure}. {_control_legend(board)}{_column(board)}{_LEGEND}")
+            f"Decoding: {decoding}. Each bound holds by itself with {sure}. {_column(board)}{_control_legend(board)}"
+            f"{_LEGEND}")
 
 def _control_legend(board):
     "What the control of a board is; empty without one."

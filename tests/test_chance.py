@@ -23,14 +23,18 @@ RUNS = 400
 def allowed(alpha, runs=RUNS): return alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
 
 
+@pytest.fixture(autouse=True)
+def nobody_looked(monkeypatch): monkeypatch.setattr("probunlearn.runs._LOOKED", {})
+
+
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("p", [0, .02, .3, .9, 1])
-@pytest.mark.parametrize("n", [16, 200])
+@pytest.mark.parametrize("n", [16, 60])
 def test_pairs_that_leak_alike_are_seldom_beyond_chance(p, n):
     dice = np.random.default_rng(n)
-    alarms = [beyond_chance(*(dice.random((2, 20, n)) < p), .1).any() for _ in range(RUNS)]
-    assert np.mean(alarms) <= allowed(.1)
+    alarms = [beyond_chance(*(dice.random((2, 20, n)) < p), .1).any() for _ in range(200)]
+    assert np.mean(alarms) <= allowed(.1, 200)
 
 
 def test_mixed_sets_name_nothing_that_leaks_alike():
@@ -47,7 +51,7 @@ def test_mixed_sets_name_nothing_that_leaks_alike():
 def test_at_any_time_pairs_that_leak_alike_are_seldom_beyond_chance():
     def ever(seed):
         ours, theirs = np.random.default_rng(seed).random((2, 4, 300)) < .1
-        return any(beyond_chance(ours[:, :n], theirs[:, :n], .2, anytime=True).any() for n in range(30, 301, 30))
+        return any(beyond_chance(ours[:, :n], theirs[:, :n], .2, anytime=True).any() for n in (30, 60, 120, 300))
     assert np.mean([ever(seed) for seed in range(100)]) <= allowed(.2, 100)
 
 
@@ -107,7 +111,7 @@ class Clerk:
         self.name, self.rates, self.asked, self.calls = name, rates, asked, 0
 
     @property
-    def identity(self): return dict(model=self.name, rates=self.rates)
+    def identity(self): return dict(model=self.name, rates=list(self.rates))
 
     def greedy(self, qas, decoding=Decoding()): return [draws_from_texts(qa.id, ["no"], prompt=self.asked) for qa in qas]
 
@@ -140,7 +144,7 @@ def test_a_report_says_on_how_many_questions_more_than_chance():
 def test_a_control_that_leaks_alike_finds_nothing():
     report = evaluate(MODEL, QAS, 256, control=Clerk("twin", .4, .05), **QUIET)
     assert float(report.bounds["questions beyond chance"]) == 0
-    assert "is sure to leak more than chance" in as_json(report)["lead"]
+    assert "On none of 6 questions is it sure to leak more than chance" in as_json(report)["lead"]
     assert not any("on which it leaks more than chance" in claim for claim in report.claims)
 
 
