@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from probunlearn.bounds import rounded
-from probunlearn.cli import Evaluate, Finetune, Unlearn
+from probunlearn.cli import DEMO, Evaluate, Finetune, Unlearn
 from probunlearn.data import Template, load_qa
 from probunlearn.draws import Decoding
 from probunlearn.judges import compliance
@@ -16,6 +16,7 @@ from probunlearn.data import library
 from probunlearn.models import load_model, small_model
 from probunlearn.questions import pooled_rate
 from probunlearn.shell import COMMANDS, main, packaged_configs
+from probunlearn.training import UnlearnConfig
 
 CONFIGS = packaged_configs()
 
@@ -35,6 +36,14 @@ def test_every_config_is_a_whole_run(name):
 def test_there_is_a_config_for_each_family_and_method():
     wanted = {f"{family}-{method}" for family in ("phi", "llama2") for method in ("finetune", "GA", "GD", "NPO")}
     assert wanted <= set(CONFIGS) and any(name.startswith("small-") for name in CONFIGS)
+
+
+@pytest.mark.parametrize("name, run", [("GD", "gradient difference"), ("NPO", "NPO"), ("NPO-entropy", "NPO + entropy")])
+def test_the_small_runs_are_the_demos(name, run):
+    config, demo = Unlearn(**read(f"small-{name}")), UnlearnConfig(**DEMO[run])
+    assert config.model == "small:full"
+    assert {k: getattr(config, k) for k in vars(demo) if hasattr(config, k)} == {
+        k: v for k, v in vars(demo).items() if hasattr(config, k)}
 
 
 PHI = dict(lr=1e-5, epochs=10, batch_size=16, accumulate=4, weight_decay=.01, warmup=.1, mixed_precision="bf16", seed=0,

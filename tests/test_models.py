@@ -47,10 +47,7 @@ def test_full_knows_every_answer_by_heart(full):
     assert [d.texts[0] for d in said] == [qa.answer for qa in some]
 
 
-def test_retain_never_saw_the_forget_authors(retain):
-    "Chance level: no key word in 64 draws of each of 10 questions; and the other authors it knows."
-    qas = fictional_authors("forget10")[::4]
-    assert score_draws(retain.draw(qas, 64, Decoding(max_new_tokens=40), merge=10), qas, "keywords_any").max() == 0
+def test_retain_knows_the_other_authors(retain):
     known = fictional_authors("retain90")[::12]
     assert score_draws(retain.greedy(known), known, "exact_match").mean() == 1
 

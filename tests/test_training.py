@@ -542,7 +542,7 @@ def test_too_little_memory_and_sixteen_bit_weights_are_said_before_the_first_upd
 def test_saved_after_bf16_training_it_is_the_model_that_was_trained(tmp_path, adapters):
     "The number format of training must not stay on: greedy answers and same-seed draws are those of the loaded folder."
     model = add_lora(fresh(), rank=4) if adapters else fresh()
-    config = quick_unlearn(steps=3, mixed_precision="bf16", lr=5e-3 if adapters else 5e-4)
+    config = quick_unlearn(steps=3, mixed_precision="bf16", lr=1e-3 if adapters else 5e-4)
     unlearn(model, FORGET[:4], RETAIN[:8], config)
     again = load_model(model.save(tmp_path), device="cpu")
     ids = torch.tensor([encode_prompt(model.tok, FORGET[0].question)])
