@@ -298,7 +298,7 @@ def _remember(run, entry):
     return paid
 
 # %% ../nbs/1_records/05_runs.ipynb #30021354
-def _priced(run, entry):
+def _entered(run, entry):
     "One more look beside those that are known, unless it is one of them; how it has to be paid for."
     seen = [(there["n"], there["questions"]) for there in run.looks]                # a folder only grows
     parts, anytime = price([*seen, (entry["n"], entry["questions"])], run.planned)
@@ -311,7 +311,7 @@ def _write_down(run, entry):
     with _alone(run.folder):
         run.looks = read_run(run.folder).looks
         known = len(run.looks)
-        paid = _priced(run, entry)
+        paid = _entered(run, entry)
         if len(run.looks) > known: _write(run)
     return paid
 
@@ -325,7 +325,7 @@ def _noted(run, entry):
         if e.errno not in _NOT_OURS: raise
         warnings.warn(f"{run.folder} can't be written, so this look isn't written down: whoever draws more for this "
                       "run has to count it", RuntimeWarning, stacklevel=4)
-    return _priced(run, entry)
+    return _entered(run, entry)
 
 def look(
     run: Run,
