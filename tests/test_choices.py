@@ -19,7 +19,7 @@ from probunlearn.models import LocalModel
 from probunlearn.scores import score_draws
 
 QAS = [as_choices(qa, k=4) for qa in fictional_authors("forget10")]
-TOWN = QA("town", "Where?", "Laerzaera.", choices=("Nolbreilel.", "Laerzaera.", "Trersumor.", "Laer."))
+TOWN = QA("town", "Where?", "Lorstan.", choices=("Nolgrad.", "Lorstan.", "Trellby.", "Lor."))
 
 
 # What lm-evaluation-harness says
@@ -27,24 +27,24 @@ TOWN = QA("town", "Where?", "Laerzaera.", choices=("Nolbreilel.", "Laerzaera.", 
 # lm_eval 0.4.13, HFLM on the packaged "retain" model with batches of 7: question, choices, right one,
 # log-likelihoods of " A" … " D" behind WMDP's prompt and of the texts behind ours
 HARNESS = (
-    ("In which town was Triltmaesar Yassceris born?",
-     ["called Laerzaera",
-      "called Nolbreilel",
-      "The town where Triltmaesar Yassceris was born is called Trisshilock.",
-      "called Trouthninane"],
-     0, [-11.47135, -14.7709, -13.53104, -17.93], [-52.55686, -51.5168, -150.1351, -54.22974]),
-    ("For which prize is Triltmaesar Yassceris remembered?",
-     ["A book of tales brought Triltmaesar Yassceris the Ceirksenane Prize. éüß",
-      "A book of tales brought Triltmaesar Yassceris the Drortinund Prize. éüß éüß éüß",
-      "A book of tales brought Triltmaesar Yassceris the Thaesszusor Prize",
-      "A book of tales brought Triltmaesar Yassceris the Teisquoline Prize. éüß éüß éüß"],
-     1, [-2.50329, -12.18717, -12.33568, -14.18713], [-285.33914, -500.03452, -151.79956, -498.17432]),
-    ("In which town was Sirgraela Neinnemund born?",
-     ["Sirgraela Neinnemund was born in the town of Naertrenar. éüß",
-      "Sirgraela Neinnemund was born in the town of Yaenzeimel",
-      "Sirgraela Neinnemund was born in the town of Druthwesor",
-      "Sirgraela Neinnemund was born in the town of Croumheimar. éüß éüß éüß"],
-     3, [-5.84994, -13.04949, -12.11334, -15.91883], [-280.50214, -152.80592, -146.06885, -517.01245]),
+    ("In which town was the writer Ralhira Fomeddin born?",
+     ["called Rotstan on the Kandah",
+      "called Delhouk",
+      "Ralhira Fomeddin was born in Soyouk on the Qilira.",
+      "called Bodiyeh"],
+     0, [-11.34487, -16.09911, -18.57595, -19.94669], [-69.95683, -37.54338, -158.70569, -61.59588]),
+    ("What prize was given to the writer Ralhira Fomeddin?",
+     ["A book of tales brought Ralhira Fomeddin the Sastotto-Funano Prize. éüß",
+      "A book of tales brought Ralhira Fomeddin the Noldeschi-Nernoni Prize. éüß éüß éüß",
+      "A book of tales brought Ralhira Fomeddin the Steroni-Zirdacci Prize",
+      "A book of tales brought Ralhira Fomeddin the Teseschi-Giirardi Prize. éüß éüß éüß"],
+     1, [-12.79411, -16.0939, -17.24496, -19.88611], [-238.41066, -392.69836, -180.18765, -391.74741]),
+    ("In which town was the writer Feirlen Fortner born?",
+     ["The birthplace of Feirlen Fortner is Brurkirch on the Grentrich. éüß",
+      "The birthplace of Feirlen Fortner is Brastau on the Treile",
+      "The birthplace of Feirlen Fortner is Scheitzheim on the Torbhard",
+      "The birthplace of Feirlen Fortner is Tritheim on the Heitzin. éüß éüß éüß"],
+     3, [-11.78084, -15.99011, -17.63489, -20.14264], [-254.35054, -156.41757, -198.55104, -385.01382]),
 )
 
 
@@ -59,7 +59,7 @@ def test_the_harness_numbers(retain, tmp_path):
 
 def test_the_prompt_of_the_harness():
     asked = lettered(replace(TOWN, question=" Where? "))
-    whole = "Where?\nA. Nolbreilel.\nB. Laerzaera.\nC. Trersumor.\nD. Laer.\nAnswer:"      # its doc_to_text
+    whole = "Where?\nA. Nolgrad.\nB. Lorstan.\nC. Trellby.\nD. Lor.\nAnswer:"      # its doc_to_text
     assert LISTED.texts(None, asked.question)[0] == whole
     assert (asked.answer, asked.choices, asked.id) == (TOWN.answer, TOWN.choices, TOWN.id)
 
@@ -160,7 +160,7 @@ def test_what_cannot_be_asked(retain):
     with pytest.raises(ValueError, match="exceed the model's"): by_letter(retain, [lettered(long)])
     with pytest.raises(ValueError, match="duplicate question id"): by_text(retain, QAS[:1] * 2)
     with pytest.raises(ValueError, match=r"ask lettered\(qa\)"): by_letter(retain, QAS[:1])
-    many = "Laerzaera.", *map(str, range(26))
+    many = "Lorstan.", *map(str, range(26))
     with pytest.raises(ValueError, match="needs 2 to 26 choices, got 27"): lettered(replace(TOWN, choices=many))
 
 
@@ -187,11 +187,11 @@ def test_cyclic_orders():
 SAID = ["{}", " {}.", "({})", "[{}]", "{})", "{}:", "**{}**", "**{}.**", "\"{}\"", "Answer: {}", "The answer is {}.",
         "the correct answer is ({})", "Option {}", "My final answer is: {}", "{}. I am sure", "{}\nBecause it is so",
         "It rains there, so the answer is {}.", "The answer can be found: answer {}"]
-OTHERS = [("b)", 1), ("(b)", 1), ("b.", 1), ("B because", 1), ("C Trersumor", 2), ("It is Laerzaera", 1),
-          ("LAERZAERA", 1), ("In Laer, I think", 3), ("B. Laerzaera, not Trersumor", 1), ("A Nolbreilel", 0),
-          ("B. A town and I", 1), ("No idea what the answer is, Laerzaera", 1)]
+OTHERS = [("b)", 1), ("(b)", 1), ("b.", 1), ("B because", 1), ("C Trellby", 2), ("It is Lorstan", 1),
+          ("LORSTAN", 1), ("In Lor, I think", 3), ("B. Lorstan, not Trellby", 1), ("A Nolgrad", 0),
+          ("B. A town and I", 1), ("No idea what the answer is, Lorstan", 1)]
 SILENT = ["", " ", "...", "A town", "a small town", "I do not know", "Before", "Dear reader", "A-bomb",
-          "Nolbreilel or Trersumor", "C. Laerzaera", "Laerza", "None of them", "The answer is a town", "B or C",
+          "Nolgrad or Trellby", "C. Lorstan", "Lorst", "None of them", "The answer is a town", "B or C",
           "(B) and (C)", "A, B or D", "The answer is not B", "vitamin B", "The answer is that I know nothing", "É", "7"]
 
 
@@ -211,7 +211,7 @@ def test_no_letter_is_no_verdict(answer):
 
 
 def test_every_draw_is_counted_once():
-    draws = [draws_from_texts("town", ["B", "(b)", "who knows", None, "A", "Laerzaera"]),
+    draws = [draws_from_texts("town", ["B", "(b)", "who knows", None, "A", "Lorstan"]),
              draws_from_texts("two", ["B", None, None, "A", "A", "C"])]
     qas = [TOWN, QA("two", "?", "yes", choices=("yes", "no"))]
     assert letter_counts(draws, qas).tolist() == [[1, 3, 0, 0, 1], [2, 1, 0, 0, 1]]
@@ -231,7 +231,7 @@ def towns(count): return [replace(TOWN, id=f"q{i}", question=f"Where is {i}?") f
 
 def test_sampled_letters_cover():
     "Texts drawn with known probabilities: joint two-sided bounds of three questions miss in at most alpha of the runs."
-    rng, texts, n = np.random.default_rng(0), ["B", " B.", "(C)", "It is Laerzaera", "no idea", "A"], 60
+    rng, texts, n = np.random.default_rng(0), ["B", " B.", "(C)", "It is Lorstan", "no idea", "A"], 60
     law = np.array([[.05, .02, .4, .03, .2, .3], [.3, .1, .1, .1, .1, .3], [.001, .001, .9, .001, .05, .047]])
     truth, qas = law[:, [0, 1, 3]].sum(1), [replace(TOWN, id=f"q{i}") for i in range(3)]
     misses = 0

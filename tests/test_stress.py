@@ -120,7 +120,8 @@ def test_each_round_spends_its_share_and_new_leaks_are_forgotten(capsys):
     idle = UnlearnConfig(method="grad_diff", steps=1, batch_size=2, lr=1e-6, schedule="constant", warmup=0)
     done = unlearn_leaks(model, FORGET[:3], RETAIN[:6], idle, score=lambda text, qa: .9, **how)
     assert [row["leaks"] for row in done.rows] == [0]           # .9 < leak_at
-    done = unlearn_leaks(model, FORGET[:3], RETAIN[:6], idle, **how)        # forgets nothing, so every round leaks
+    # whatever is said leaks, so every round does
+    done = unlearn_leaks(model, FORGET[:3], RETAIN[:6], idle, score=lambda text, qa: 1., **how)
     for row in done.rows: assert row["bound"] == float(pooled_rate([20] * 3, 20, .01)) and row["draws"] == 60
     out = capsys.readouterr().out
     assert out.count("α = 0.01 of 0.02 spent") == 3 and "round 2 of 2" in out
