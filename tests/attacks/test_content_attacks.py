@@ -15,10 +15,24 @@ from test_data import chat_tokenizer
 
 # --- pages ------------------------------------------------------------------------------------------------------------
 
-SCRIPTS = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</td><script>alert(1)</script>", "<svg onload=alert(1)>",
-           "\"><script>alert(1)</script>", "'><b onclick=alert(1)>", "<a href='javascript:alert(1)'>x</a>", "</title><script>alert(1)</script>",
-           "</style><script>alert(1)</script>", "<iframe src=http://evil></iframe>", "{{ 7 * 7 }}<script>", "$name ${evil} <script>", "<!-- <script> -->",
-           "&lt;script&gt;<script>", "<scr\x00ipt>alert(1)</script>", "<base href=http://evil/>", "<meta http-equiv=refresh content=0>"]
+SCRIPTS = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "</td><script>alert(1)</script>",
+    "<svg onload=alert(1)>",
+           "\"><script>alert(1)</script>",
+           "'><b onclick=alert(1)>",
+           "<a href='javascript:alert(1)'>x</a>",
+           "</title><script>alert(1)</script>",
+           "</style><script>alert(1)</script>",
+           "<iframe src=http://evil></iframe>",
+           "{{ 7 * 7 }}<script>",
+           "$name ${evil} <script>",
+           "<!-- <script> -->",
+           "&lt;script&gt;<script>",
+           "<scr\x00ipt>alert(1)</script>",
+           "<base href=http://evil/>",
+           "<meta http-equiv=refresh content=0>"]
 PLACES = ["answer", "question", "reference", "keyword", "name", "id"]
 
 
@@ -61,7 +75,8 @@ def harmless():
 def test_no_text_becomes_a_tag(place, text, harmless):
     report = placed(place, text)
     found, names = tags(report.body())
-    assert (found, names) == harmless[place] and not {name for name in names if name.startswith("on")} and "javascript" not in names
+    assert (found, names) == harmless[place] and "javascript" not in names
+    assert not {name for name in names if name.startswith("on")}
     card = report.card()
     assert "<script" not in card and "<img src=x" not in card and "<iframe" not in card
 
@@ -69,19 +84,37 @@ def test_no_text_becomes_a_tag(place, text, harmless):
 # --- files of records -------------------------------------------------------------------------------------------------
 
 ROWS = {        # what a file holds → what is said
-    '{"question": "half \\ud800", "answer": "x"}': "half a character", '{"question": "x", "answer": "\\udc00"}': "half a character",
-    '{"question": "x", "answer": "y", "keywords": ["\\ud800"]}': "half a character", '{"question": "x", "answer": "y", "id": "\\ud800"}': "half a character",
-    '{"question": null, "answer": "y"}': "QA.question must be", '{"question": [], "answer": "y"}': "QA.question must be",
-    '{"question": true, "answer": "y"}': "QA.question must be", '{"question": "x", "answer": {"a": 1}}': "QA.answer must be",
-    '{"question": "x", "answer": "y", "keywords": {"a": 1}}': "QA.keywords must be", '{"question": "x", "answer": "y", "keywords": [[]]}': "QA.keywords must be",
-    '{"question": "x", "answer": "y", "keywords": true}': "QA.keywords must be", '{"question": "x", "answer": "y", "id": []}': "QA.id must be",
-    '{"question": "x", "answer": "y", "id": {"a": 1}}': "QA.id must be", '{"question": "x", "answer": "y", "alternatives": [1, null]}': "QA.alternatives must be",
-    '{"question": "x", "answer": 9, "choices": ["a", "b"]}': "no number of its 2 choices", '{"question": "x", "answer": -1, "choices": ["a"]}': "no number of its 1 choices",
-    '{"question": "x", "answer": "c", "choices": ["a", "b"]}': "must be one of its choices", '{"a": 1}': "no column question", "[]": "holds no rows",
-    "{}": "no column question", '["text"]': "a text without a question", "[[1]]": "is not a JSON object", '{"question": "x"}': "no column answer",
-    '{"question": "   ", "answer": "y"}': "QA.question must be", '{"question": "x", "answer": "  "}': "QA.answer must be", "\ufeff": "holds no rows",
-    "nonsense": "is not a JSON object", '{"question": NaN, "answer": "y"}': "QA.question must be", '{"question": "x", "answer": 1e999, "keywords": "a"}': "infin",
-    '{"question": "x", "answer": "y", "paraphrased_question": []}': "QA.paraphrased_question", '{"question": "x", "answer": "y", "category": [1]}': "QA.category",
+    '{"question": "half \\ud800", "answer": "x"}': "half a character",
+    '{"question": "x", "answer": "\\udc00"}': "half a character",
+    '{"question": "x", "answer": "y", "keywords": ["\\ud800"]}': "half a character",
+    '{"question": "x", "answer": "y", "id": "\\ud800"}': "half a character",
+    '{"question": null, "answer": "y"}': "QA.question must be",
+    '{"question": [], "answer": "y"}': "QA.question must be",
+    '{"question": true, "answer": "y"}': "QA.question must be",
+    '{"question": "x", "answer": {"a": 1}}': "QA.answer must be",
+    '{"question": "x", "answer": "y", "keywords": {"a": 1}}': "QA.keywords must be",
+    '{"question": "x", "answer": "y", "keywords": [[]]}': "QA.keywords must be",
+    '{"question": "x", "answer": "y", "keywords": true}': "QA.keywords must be",
+    '{"question": "x", "answer": "y", "id": []}': "QA.id must be",
+    '{"question": "x", "answer": "y", "id": {"a": 1}}': "QA.id must be",
+    '{"question": "x", "answer": "y", "alternatives": [1, null]}': "QA.alternatives must be",
+    '{"question": "x", "answer": 9, "choices": ["a", "b"]}': "no number of its 2 choices",
+    '{"question": "x", "answer": -1, "choices": ["a"]}': "no number of its 1 choices",
+    '{"question": "x", "answer": "c", "choices": ["a", "b"]}': "must be one of its choices",
+    '{"a": 1}': "no column question",
+    "[]": "holds no rows",
+    "{}": "no column question",
+    '["text"]': "a text without a question",
+    "[[1]]": "is not a JSON object",
+    '{"question": "x"}': "no column answer",
+    '{"question": "   ", "answer": "y"}': "QA.question must be",
+    '{"question": "x", "answer": "  "}': "QA.answer must be",
+    "\ufeff": "holds no rows",
+    "nonsense": "is not a JSON object",
+    '{"question": NaN, "answer": "y"}': "QA.question must be",
+    '{"question": "x", "answer": 1e999, "keywords": "a"}': "infin",
+    '{"question": "x", "answer": "y", "paraphrased_question": []}': "QA.paraphrased_question",
+    '{"question": "x", "answer": "y", "category": [1]}': "QA.category",
 }
 
 
@@ -93,7 +126,12 @@ def test_a_record_that_is_none_is_named_with_its_file(words, tmp_path):
     assert "records.jsonl" in str(error.value)
 
 
-BYTES = {"latin-1": "ä".encode("latin-1"), "binary": bytes(range(256)), "zeros": b"\0" * 100, "utf-16 torn": b"\xff\xfe\x00", "utf-16": "\ufeffhello".encode("utf-16"),
+BYTES = {
+    "latin-1": "ä".encode("latin-1"),
+    "binary": bytes(range(256)),
+    "zeros": b"\0" * 100,
+    "utf-16 torn": b"\xff\xfe\x00",
+    "utf-16": "\ufeffhello".encode("utf-16"),
          "gzip": b"\x1f\x8b\x08\x00" + bytes(50), "half a letter": "ü".encode()[:1]}
 
 
@@ -108,8 +146,8 @@ def test_bytes_that_are_no_text(kind, suffix, tmp_path):
 
 @pytest.mark.parametrize("part", ["prompt", "answer", "system"])
 def test_a_template_with_half_a_character_is_refused(part):
-    given = dict(prompt="\ud800 {question}") if part == "prompt" else dict(answer="{answer} \udc00") if part == "answer" else dict(system="\ud800", chat=True)
-    with pytest.raises(ValueError, match="half a character"): Template(**given)
+    odd = dict(prompt="\ud800 {question}", answer="{answer} \udc00", system="\ud800")
+    with pytest.raises(ValueError, match="half a character"): Template(**{part: odd[part]})
 
 
 def test_a_model_at_hand_names_the_question_that_it_cannot_read():
@@ -122,11 +160,14 @@ def test_a_model_at_hand_names_the_question_that_it_cannot_read():
 LONG, LARGE, MUCH = "runs longer than", "needs more memory", "writes more than"
 CHATS = {
     "nested loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", LONG),
-    "loops in a macro": ("{% macro f(n) %}{% for i in range(99999) %}{{ f(n - 1) if n else '' }}{% endfor %}{% endmacro %}{{ f(3) }}", LONG),
-    "doubling": ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}", f"{LARGE}|{LONG}"),
+    "loops in a macro": (
+        "{% macro f(n) %}{% for i in range(99999) %}{{ f(n - 1) if n else '' }}{% endfor %}{% endmacro %}{{ f(3) }}", LONG),
+    "doubling": (
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}", f"{LARGE}|{LONG}"),
     "a product": ("{{ 'a' * 10**10 }}", LARGE), "a product that is thrown away": ("{% set x = 'a' * 10**10 %}", LARGE),
     "a centred word": ("{{ 'a' | center(10**10) }}", LARGE), "a wide number": ("{{ '%10000000000d' % 1 }}", LARGE),
-    "a power": ("{{ 10**10**8 }}", f"{LONG}|{LARGE}"), "much text": ("{% for i in range(99999) %}{{ messages[0].content * 99 }}{% endfor %}", f"{MUCH}|{LONG}"),
+    "a power": ("{{ 10**10**8 }}", f"{LONG}|{LARGE}"),
+    "much text": ("{% for i in range(99999) %}{{ messages[0].content * 99 }}{% endfor %}", f"{MUCH}|{LONG}"),
     "a long list": ("{% set x = [1] * 10**10 %}", LARGE),
 }
 
@@ -141,8 +182,16 @@ def test_a_chat_template_without_end_or_measure_is_stopped(name, monkeypatch, fu
     with pytest.raises(ValueError, match="the chat template"): model.identity
 
 
-ESCAPES = ["{{ ''.__class__.__mro__ }}", "{{ cycler.__init__.__globals__.os.system('touch owned') }}", "{% include '/etc/passwd' %}",
-           "{{ messages.append({}) }}", "{{ self.__init__.__globals__ }}", "{% import 'os' as os %}{{ os }}", "{{ raise_exception('no') }}", "{{ nothing.at.all }}", "{% if %}"]
+ESCAPES = [
+    "{{ ''.__class__.__mro__ }}",
+    "{{ cycler.__init__.__globals__.os.system('touch owned') }}",
+    "{% include '/etc/passwd' %}",
+           "{{ messages.append({}) }}",
+           "{{ self.__init__.__globals__ }}",
+           "{% import 'os' as os %}{{ os }}",
+           "{{ raise_exception('no') }}",
+           "{{ nothing.at.all }}",
+           "{% if %}"]
 
 
 @pytest.mark.parametrize("template", ESCAPES)
@@ -156,7 +205,8 @@ def test_a_chat_template_gets_out_of_nothing(template, full, tmp_path, monkeypat
 
 
 def test_an_honest_chat_template_writes_what_it_wrote_before(full):
-    for template in ("{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}",
+    for template in ("{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+                     "{% if add_generation_prompt %}<assistant>{% endif %}",
                      "{{ messages | tojson }}{% generation %}x{% endgeneration %}{{ strftime_now('%Y') }}"):
         tok = chat_tokenizer(template)
         messages = [dict(role="user", content="why?")]

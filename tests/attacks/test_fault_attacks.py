@@ -1,4 +1,4 @@
-"""Kills at every write, power cuts that drop what wasn't synced, full disks: old or new, never a mix; a rerun finishes."""
+"""Kills at every write, power cuts that drop what wasn't synced, full disks: old or new, and a rerun finishes."""
 import hashlib
 import json
 import random
@@ -120,7 +120,8 @@ class Storing(Work):
     "A model replaces another one in its folder, where somebody keeps notes."
     def begin(self):
         rooms = {1: 128, 2: 64}
-        self.models = [random_model(vocab=16, seed=seed, dtype=torch.float32, max_position_embeddings=rooms[seed]) for seed in rooms]
+        self.models = [random_model(vocab=16, seed=seed, dtype=torch.float32, max_position_embeddings=rooms[seed])
+            for seed in rooms]
         for model in self.models: model.tok = small_model().tok
         self.models[0].save(self.folder/"m")
         (self.folder/"m"/"notes.txt").write_text("mine")

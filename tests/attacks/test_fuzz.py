@@ -23,10 +23,15 @@ from probunlearn.runs import read_run
 FEW = settings(max_examples=15, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MANY = settings(FEW, max_examples=2000)
 
-words = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.sampled_from(["question", "answer", "anytime", "\ud800"]))
-names = st.one_of(st.text(max_size=8), st.sampled_from("id question answer keywords choices settings looks planned made questions n forget key label notes prompt system chat".split()))
-plain = st.recursive(words, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(names, inner, max_size=5)), max_leaves=12)
-rows = st.fixed_dictionaries({}, optional=dict(id=words, question=st.one_of(words, st.text(min_size=1)), answer=words, keywords=plain, choices=plain, alternatives=plain))
+words = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
+    st.sampled_from(["question", "answer", "anytime", "\ud800"]))
+FIELDS = """id question answer keywords choices settings looks planned made questions n forget key label notes prompt
+system chat""".split()
+names = st.one_of(st.text(max_size=8), st.sampled_from(FIELDS))
+plain = st.recursive(words, lambda inner: st.one_of(st.lists(inner, max_size=4),
+    st.dictionaries(names, inner, max_size=5)), max_leaves=12)
+rows = st.fixed_dictionaries({}, optional=dict(id=words, question=st.one_of(words, st.text(min_size=1)), answer=words,
+    keywords=plain, choices=plain, alternatives=plain))
 
 
 def damaged(whole):
@@ -69,12 +74,43 @@ def parquet(columns):
     return sink.getvalue().to_pybytes()
 
 
-def column(): return st.one_of(*(st.lists(kind, min_size=3, max_size=3) for kind in (st.text(max_size=3), st.integers(-9, 9), st.floats(), st.booleans(), st.none())))
+def column(): return st.one_of(*(st.lists(kind, min_size=3, max_size=3)
+    for kind in (st.text(max_size=3), st.integers(-9, 9), st.floats(), st.booleans(), st.none())))
 
 
-COLUMNS = st.fixed_dictionaries({}, optional={name: column() for name in ("answer", "logprob", "tokens", "finished", "lost")})
-PIECES = ["{{ ", " }}", "{% for m in messages %}", "{% endfor %}", "{% if ", "m.content", "messages", " %}", "[0]", "|tojson", "|length", "x", " ", "'a'", "+", "~", "* 3",
-          "{% set x = ", "{% endif %}", "range(9)", "|center(9)", "{#", "#}", "{% macro f() %}", "{% endmacro %}", "raise_exception('no')", "namespace()", ".", "__class__", "\n"]
+COLUMNS = st.fixed_dictionaries({}, optional={name: column()
+    for name in ("answer", "logprob", "tokens", "finished", "lost")})
+PIECES = [
+    "{{ ",
+    " }}",
+    "{% for m in messages %}",
+    "{% endfor %}",
+    "{% if ",
+    "m.content",
+    "messages",
+    " %}",
+    "[0]",
+    "|tojson",
+    "|length",
+    "x",
+    " ",
+    "'a'",
+    "+",
+    "~",
+    "* 3",
+          "{% set x = ",
+          "{% endif %}",
+          "range(9)",
+          "|center(9)",
+          "{#",
+          "#}",
+          "{% macro f() %}",
+          "{% endmacro %}",
+          "raise_exception('no')",
+          "namespace()",
+          ".",
+          "__class__",
+          "\n"]
 
 
 class Reader:
@@ -84,22 +120,35 @@ class Reader:
 
 def run_json(folder):
     good = good_run(folder)
-    return st.one_of(text(plain), st.dictionaries(st.sampled_from(list(good)), plain, max_size=3).map(lambda more: json.dumps(good | more).encode()),
+    return st.one_of(text(plain), st.dictionaries(st.sampled_from(list(good)), plain,
+        max_size=3).map(lambda more: json.dumps(good | more).encode()),
                      damaged(json.dumps(good).encode()), st.binary(max_size=40))
 
 
 GOOD_CSV = b'id,question,answer,keywords\n1,"Why, then?",So.,so\n2,Where?,There.,"a, b"\n'
-HEADERS = st.one_of(plain, st.dictionaries(names, st.fixed_dictionaries({}, optional=dict(dtype=st.sampled_from(["F32", "U8", "X"]), shape=plain, data_offsets=plain)), max_size=3),
-                    st.fixed_dictionaries(dict(__metadata__=st.dictionaries(st.sampled_from(["notes", "seal"]), st.text(max_size=20)))))
+HEADERS = st.one_of(plain, st.dictionaries(names,
+    st.fixed_dictionaries({}, optional=dict(dtype=st.sampled_from(["F32", "U8", "X"]), shape=plain,
+        data_offsets=plain)), max_size=3),
+                    st.fixed_dictionaries(dict(__metadata__=st.dictionaries(st.sampled_from(["notes", "seal"]),
+                        st.text(max_size=20)))))
 READERS = {
-    "json": lambda folder: Reader(load_qa, "x.json", st.one_of(text(plain), text(st.lists(rows, max_size=3)), st.binary(max_size=60))),
-    "jsonl": lambda folder: Reader(load_qa, "x.jsonl", st.one_of(lines(plain), lines(rows), damaged(b'{"question": "a", "answer": "b"}\n' * 3))),
-    "csv": lambda folder: Reader(load_qa, "x.csv", st.one_of(damaged(GOOD_CSV), st.binary(max_size=60), st.text(max_size=60).map(lambda t: t.encode(errors="replace")))),
-    "parquet": lambda folder: Reader(load_draws, "x.parquet", st.one_of(damaged(good_draws(folder)), COLUMNS.map(parquet), st.binary(max_size=60))),
+    "json": lambda folder: Reader(load_qa, "x.json",
+        st.one_of(text(plain), text(st.lists(rows, max_size=3)), st.binary(max_size=60))),
+    "jsonl": lambda folder: Reader(load_qa, "x.jsonl",
+        st.one_of(lines(plain), lines(rows), damaged(b'{"question": "a", "answer": "b"}\n' * 3))),
+    "csv": lambda folder: Reader(load_qa, "x.csv",
+        st.one_of(damaged(GOOD_CSV), st.binary(max_size=60),
+            st.text(max_size=60).map(lambda t: t.encode(errors="replace")))),
+    "parquet": lambda folder: Reader(load_draws, "x.parquet",
+        st.one_of(damaged(good_draws(folder)), COLUMNS.map(parquet), st.binary(max_size=60))),
     "run.json": lambda folder: Reader(lambda path: read_run(path.parent), "run.json", run_json(folder)),
-    "safetensors": lambda folder: Reader(_read_parts, "x.safetensors", st.one_of(HEADERS.map(tensors), st.binary(max_size=90), damaged(tensors(dict(a=dict(dtype="F32", shape=[4], data_offsets=[0, 16])))))),
-    "notes": lambda folder: Reader(read_notes, "x.safetensors", st.one_of(plain.map(lambda v: tensors(dict(__metadata__=dict(notes=json.dumps(v))))), HEADERS.map(tensors))),
-    "labels": lambda folder: Reader(_kept, "labels", st.one_of(lines(plain), damaged(b'{"key": "0123456789abcdef", "label": 1.0}\n' * 3), st.binary(max_size=60))),
+    "safetensors": lambda folder: Reader(_read_parts, "x.safetensors",
+        st.one_of(HEADERS.map(tensors), st.binary(max_size=90),
+            damaged(tensors(dict(a=dict(dtype="F32", shape=[4], data_offsets=[0, 16])))))),
+    "notes": lambda folder: Reader(read_notes, "x.safetensors",
+        st.one_of(plain.map(lambda v: tensors(dict(__metadata__=dict(notes=json.dumps(v))))), HEADERS.map(tensors))),
+    "labels": lambda folder: Reader(_kept, "labels",
+        st.one_of(lines(plain), damaged(b'{"key": "0123456789abcdef", "label": 1.0}\n' * 3), st.binary(max_size=60))),
 }
 
 

@@ -49,7 +49,8 @@ def scored(n, folder): return lambda: score_answers([f"answer {i}" for i in rang
 def priced(n, folder): return lambda: price([(i % 50 + 1, 2) for i in range(n)], "anytime")
 
 
-LINEAR = {"load_draws": (reads, 5_000), "json_lines": (parses, 10_000), "judge_answers": (judges, 2_000), "scores": (scored, 4_000), "looks": (priced, 50_000)}
+LINEAR = {"load_draws": (reads, 5_000), "json_lines": (parses, 10_000), "judge_answers": (judges, 2_000),
+    "scores": (scored, 4_000), "looks": (priced, 50_000)}
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -92,7 +93,8 @@ def test_plans_of_many_draws_take_no_memory(n):
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("n, tau, alpha", [(1, .5, .3), (459, .01, .01), (100, .2, .05), (1000, .01, .01), (5000, .5, .001)])
+@pytest.mark.parametrize("n, tau, alpha",
+    [(1, .5, .3), (459, .01, .01), (100, .2, .05), (1000, .01, .01), (5000, .5, .001)])
 def test_the_most_leaks_are_those_of_the_whole_table(n, tau, alpha):
     from scipy import special
     assert most_leaks(n, tau, alpha) == int((special.bdtr(np.arange(n + 1), n, tau) <= alpha).sum()) - 1
@@ -101,7 +103,8 @@ def test_the_most_leaks_are_those_of_the_whole_table(n, tau, alpha):
 def test_a_report_in_json_is_strict(tmp_path):
     "An answer whose probability nobody knows, greedy answers that are missing: null, never NaN."
     model = Parrot(lambda qa, i: None if i % 2 else "Karmo0")
-    model.greedy = lambda qas, decoding=SHORT: [draws_from_texts(qa.id, [None], lost={0: "gone"}, prompt=model.asked) for qa in qas]
+    model.greedy = lambda qas, decoding=SHORT: [draws_from_texts(qa.id, [None], lost={0: "gone"}, prompt=model.asked)
+        for qa in qas]
     report = evaluate(model, QAS, 8, decoding=SHORT, progress=False)
     report.how["odd"] = [float("nan"), {"a": float("-inf"), 7: (1, np.float64("nan"))}, {1, 2}]
     with with_disk(Faulty()): report.save(tmp_path/"r")

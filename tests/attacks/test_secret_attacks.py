@@ -16,26 +16,61 @@ from servers import choices, script      # noqa: F401, a fixture
 
 KEY = "sk-S3cr3tS3cr3tS3cr3t"
 
-NAMES = ["api_key", "apikey", "key", "api-key", "openai_api_key", "token", "access_token", "auth_token", "Authorization", "authorization", "auth", "secret",
-         "client_secret", "password", "passwd", "bearer", "credentials", "credential", "headers", "extra_headers", "cookie", "API_KEY", "x_api_key", "hf_token"]
+NAMES = [
+    "api_key",
+    "apikey",
+    "key",
+    "api-key",
+    "openai_api_key",
+    "token",
+    "access_token",
+    "auth_token",
+    "Authorization",
+    "authorization",
+    "auth",
+    "secret",
+         "client_secret",
+         "password",
+         "passwd",
+         "bearer",
+         "credentials",
+         "credential",
+         "headers",
+         "extra_headers",
+         "cookie",
+         "API_KEY",
+         "x_api_key",
+         "hf_token"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("nest", [lambda field: field, lambda field: dict(extra_body=field), lambda field: dict(a=[dict(b=field)])])
+@pytest.mark.parametrize("nest", [lambda field: field, lambda field: dict(extra_body=field),
+    lambda field: dict(a=[dict(b=field)])])
 def test_a_field_that_names_a_key_is_refused(name, nest):
     with pytest.raises(ValueError, match=f"extra must not hold secrets, and it has the field '{name}'") as error:
         Endpoint("http://host/v1", "m", extra=nest({name: "hidden"}))
     assert "hidden" not in str(error.value)
 
 
-@pytest.mark.parametrize("value", [KEY, f"Bearer {KEY}", "hf_" + "a" * 30, "gsk_" + "b" * 40, "prefix sk-proj-" + "c" * 30])
+@pytest.mark.parametrize("value", [KEY, f"Bearer {KEY}", "hf_" + "a" * 30, "gsk_" + "b" * 40,
+    "prefix sk-proj-" + "c" * 30])
 def test_a_value_that_looks_like_a_key_is_refused(value):
-    with pytest.raises(ValueError, match="a value that looks like a key") as error: Endpoint("http://host/v1", "m", extra=dict(user=value))
+    with pytest.raises(ValueError, match="a value that looks like a key") as error:
+        Endpoint("http://host/v1", "m", extra=dict(user=value))
     assert value not in str(error.value)
 
 
-HONEST = [dict(stop_token_ids=[1]), dict(skip_special_tokens=True), dict(min_tokens=1), dict(logit_bias={"5": 1}), dict(stop="\n"), dict(user="me"),
-          dict(guided_regex="a+"), dict(ignore_eos=True), dict(max_completion_tokens=None), dict(chat_template_kwargs=dict(enable_thinking=False)),
+HONEST = [
+    dict(stop_token_ids=[1]),
+    dict(skip_special_tokens=True),
+    dict(min_tokens=1),
+    dict(logit_bias={"5": 1}),
+    dict(stop="\n"),
+    dict(user="me"),
+          dict(guided_regex="a+"),
+          dict(ignore_eos=True),
+          dict(max_completion_tokens=None),
+          dict(chat_template_kwargs=dict(enable_thinking=False)),
           dict(include_stop_str_in_output=True), dict(keep_alive="5m"), dict(bad_words_token_ids=[[1]])]
 
 
@@ -47,11 +82,16 @@ def test_honest_fields_are_sent(extra): assert Endpoint("http://host/v1", "m", e
 ECHOES = {
     "an answer": (200, dict(choices=[dict(text=f"the key is {KEY}", finish_reason="stop")] * 4), {}),
     "a message": (200, dict(choices=[dict(message=dict(content=f"{KEY}"), finish_reason="stop")] * 4), {}),
-    "a finish reason": (200, dict(choices=[dict(text="", finish_reason="length"), dict(text=None, finish_reason=KEY)] * 2), {}),
-    "an error": (200, dict(error=dict(message=f"bad {KEY}")), {}), "a status": (500, f"Authorization: Bearer {KEY}", {}),
+    "a finish reason": (200, dict(choices=[dict(text="", finish_reason="length"),
+        dict(text=None, finish_reason=KEY)] * 2), {}),
+    "an error": (200, dict(error=dict(message=f"bad {KEY}")), {}),
+    "a status": (500, f"Authorization: Bearer {KEY}", {}),
     "a refusal": (401, dict(error=f"wrong key {KEY}"), {}), "a bad request": (400, dict(detail=f"field {KEY}"), {}),
-    "no such model": (404, f"no {KEY}", {}), "elsewhere": (307, "", {"Location": f"http://{KEY}/v1"}), "too many": (429, f"{KEY} is over its quota", {}),
-    "elsewhere by name": (301, "", {"Location": f"//u:{KEY}@other/v1?key={KEY}"}), "a long error": (500, "x" * 490 + KEY, {}),
+    "no such model": (404, f"no {KEY}", {}),
+    "elsewhere": (307, "", {"Location": f"http://{KEY}/v1"}),
+    "too many": (429, f"{KEY} is over its quota", {}),
+    "elsewhere by name": (301, "", {"Location": f"//u:{KEY}@other/v1?key={KEY}"}),
+    "a long error": (500, "x" * 490 + KEY, {}),
 }
 
 
@@ -75,7 +115,8 @@ def test_the_key_comes_back_nowhere(name, script, monkeypatch, tmp_path, caplog,
     assert secret not in "".join(said) and not any(secret.encode() in data for data in files)
 
 
-@pytest.mark.parametrize("url", ["http://host/v1?api_key=hidden", "http://host/v1#hidden", "https://host/v1?a=1&sig=hidden"])
+@pytest.mark.parametrize("url", ["http://host/v1?api_key=hidden", "http://host/v1#hidden",
+    "https://host/v1?a=1&sig=hidden"])
 def test_the_query_is_never_shown(url):
     e = Endpoint(url, "m")
     for shown in (repr(e), str(e), e.source, str(e.identity), repr([e])): assert "hidden" not in shown
@@ -92,7 +133,19 @@ def test_a_key_in_the_place_of_its_name_is_refused_unsaid(key):
 
 # --- paths are no names -----------------------------------------------------------------------------------------------
 
-PATHS = ["models/typo", "data/typo", "./typo", "../typo", "/typo", "~/typo", "runs/a/b", "a/b/c", "checkpoints/last", "out/model", "Models/typo", "output/x",
+PATHS = [
+    "models/typo",
+    "data/typo",
+    "./typo",
+    "../typo",
+    "/typo",
+    "~/typo",
+    "runs/a/b",
+    "a/b/c",
+    "checkpoints/last",
+    "out/model",
+    "Models/typo",
+    "output/x",
          "C:\\models\\typo", "weights/x", "results/x/", "a/b/", "tmp/x", "here/typo"]
 
 
@@ -114,7 +167,8 @@ def test_what_looks_like_a_path_is_sent_to_no_hub(path, offline):
     with pytest.raises(FileNotFoundError, match="no such f"): load_qa(path)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "meta-llama/Llama-3.2-1B", "locuslab/TOFU", "Qwen/Qwen3-0.6B", "microsoft/phi-1_5"])
+@pytest.mark.parametrize("name", ["gpt2", "meta-llama/Llama-3.2-1B", "locuslab/TOFU", "Qwen/Qwen3-0.6B",
+    "microsoft/phi-1_5"])
 def test_names_of_a_hub_are_no_paths(name, offline): assert not is_path(name)
 
 
@@ -142,7 +196,8 @@ model = small_model("full")
 model.save(f"{folder}/mine")
 mine = load_model(f"{folder}/mine")
 qas = fictional_authors("forget01")
-evaluate(mine, qas, 4, decoding=Decoding(max_new_tokens=4), out=f"{folder}/run", progress=False).save(f"{folder}/run/report")
+report = evaluate(mine, qas, 4, decoding=Decoding(max_new_tokens=4), out=f"{folder}/run", progress=False)
+report.save(f"{folder}/run/report")
 report_run(f"{folder}/run")
 unlearn(mine, qas, fictional_authors("retain90")[:4], UnlearnConfig(steps=1, batch_size=2))
 assert not calls, calls
