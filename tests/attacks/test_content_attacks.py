@@ -112,8 +112,7 @@ ROWS = {        # what a file holds → what is said
     "\ufeff": "holds no rows",
     "nonsense": "is not a JSON object",
     '{"question": NaN, "answer": "y"}': "QA.question must be",
-    '{"question": "x", "answer": 1e999, "keywords": "a"}': "infin",
-    '{"question": "x", "answer": "y", "paraphrased_question": []}': "QA.paraphrased_question",
+    '{"question": "x", "answer": "y", "paraphrased_question": [1]}': "QA.paraphrased_question",
     '{"question": "x", "answer": "y", "category": [1]}': "QA.category",
 }
 
@@ -161,12 +160,14 @@ LONG, LARGE, MUCH = "runs longer than", "needs more memory", "writes more than"
 CHATS = {
     "nested loops": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", LONG),
     "loops in a macro": (
-        "{% macro f(n) %}{% for i in range(99999) %}{{ f(n - 1) if n else '' }}{% endfor %}{% endmacro %}{{ f(3) }}", LONG),
+        "{% macro f(n) %}{% for i in range(99999) %}{{ f(n - 1) if n else '' }}{% endfor %}{% endmacro %}{{ f(3) }}",
+        LONG),
     "doubling": (
-        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}", f"{LARGE}|{LONG}"),
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+        f"{LARGE}|{LONG}"),
     "a product": ("{{ 'a' * 10**10 }}", LARGE), "a product that is thrown away": ("{% set x = 'a' * 10**10 %}", LARGE),
     "a centred word": ("{{ 'a' | center(10**10) }}", LARGE), "a wide number": ("{{ '%10000000000d' % 1 }}", LARGE),
-    "a power": ("{{ 10**10**8 }}", f"{LONG}|{LARGE}"),
+    "a power": ("{{ 10 ** (10 ** 9) }}", f"{LONG}|{LARGE}"),
     "much text": ("{% for i in range(99999) %}{{ messages[0].content * 99 }}{% endfor %}", f"{MUCH}|{LONG}"),
     "a long list": ("{% set x = [1] * 10**10 %}", LARGE),
 }

@@ -98,7 +98,7 @@ ECHOES = {
 @pytest.mark.parametrize("name", ECHOES)
 def test_the_key_comes_back_nowhere(name, script, monkeypatch, tmp_path, caplog, capsys):
     monkeypatch.setenv("MY_KEY", KEY)
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.INFO)
     server = script(lambda *_: ECHOES[name])
     endpoint = server.endpoint("?key=" + KEY, key="MY_KEY", tries=1)
     said = [repr(endpoint), str(endpoint), repr(endpoint.identity), endpoint.source, endpoint.name, endpoint.asked]
