@@ -61,6 +61,9 @@ class QA:
     def __post_init__(self):
         for name in ("id", "question"): _check_text(self, name)
         if self.answer != "": _check_text(self, "answer")
+        for name in ("paraphrased_question", "paraphrased_answer", "category"):
+            value = getattr(self, name)
+            if not isinstance(value, str): raise ValueError(f"QA.{name} must be a string, got {value!r}")
         # a list would make the record unhashable, and unequal to the one that a run folder gives back
         for name in ("keywords", "perturbed_answers", "choices", "alternatives"):
             object.__setattr__(self, name, _tuple_of_texts(self, name))
@@ -196,7 +199,9 @@ def file_text(
     "The text of a file in UTF-8, or in UTF-16 where the mark at its start says so."
     path = Path(path)
     with open(path, "rb") as file: mark = file.read(2)
-    if mark in (b"\xff\xfe", b"\xfe\xff"): return path.read_text(encoding="utf-16")
+    if mark in (b"\xff\xfe", b"\xfe\xff"):
+        try: return path.read_text(encoding="utf-16")
+        except UnicodeDecodeError as e: raise ValueError(f"{path} is not whole UTF-16 text ({e.reason})") from None
     try: return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
         raise ValueError(

@@ -320,7 +320,6 @@ def load_draws(
     path,               # a Parquet file that `save_draws` wrote
 ) -> Draws:             # ValueError when the file is truncated or somebody else's
     "Read the draws of one question."
-    import pyarrow as pa
     import pyarrow.parquet as pq
     # read_table would start as many threads as there are cores
     with _reading(path): return _from_table(pq.ParquetFile(path, page_checksum_verification=True).read())
@@ -330,7 +329,6 @@ def asked_draws(
     path,               # a Parquet file that `save_draws` wrote
 ) -> int:               # 0 when there is no file; ValueError when it is broken
     "How many draws of a file were asked without a gap, from the first on; read from the file's end."
-    import pyarrow as pa
     import pyarrow.parquet as pq
     if not Path(path).exists(): return 0
     with _reading(path):

@@ -114,7 +114,7 @@ def _base(url):
 def _parts(url):
     "An address in its parts; ValueError for one that no request could be sent to, before anything is sent."
     if not isinstance(url, str): raise ValueError(f"url is a text, got {type(url).__name__}")
-    shown = url.partition("?")[0].rpartition("@")[2]
+    shown = re.split("[?#]", url)[0].rpartition("@")[2]
     if not (url.isascii() and url.isprintable()) or " " in url:
         raise ValueError(f"url must have no spaces, line ends or letters beyond ASCII, got {shown!r}")
     try:

@@ -22,7 +22,7 @@ from .chance import chance_claims, echo, net_rate
 from .checks import whole
 from .data import check_unique
 from .draws import draws_digest
-from .files import as_bytes, write_together
+from .files import as_bytes, visible, write_together
 from .metrics import dataset_claims, diversity, leakage, seen_mass_bounds
 from .page import html_page, in_notebook, picture, prompt_of, way
 from .plots import method_board, score_density
@@ -312,6 +312,7 @@ class Report:
     control_name: str = "control"   # its name
 
     def __post_init__(self):
+        self.name = visible(self.name)                          # a name must not paint over what a terminal shows
         for asked in filter(None, (self.forget, self.retain)): check_score(self.score, asked.qas)
         for name in ("looks", "models"): whole(name, getattr(self, name))
         self.x, self.greedy_x = self.forget.scores(self.score), self.forget.greedy_scores(self.score)   # (Q, n), (Q,)
@@ -535,6 +536,7 @@ class Board:
 
     def __post_init__(self):
         if not self.reports: raise ValueError("a board needs at least one report")
+        self.name = visible(self.name)
         self.reports = _numbered(self.reports)
         _check_reference(self)
         for report in self.reports[1:]: _check_alike(report, self.reports[0])

@@ -68,16 +68,21 @@ RUNS = {
     "settings null": (changed(settings=None), "field settings must be an object"),
     "settings list": (changed(settings=[1]), "field settings must be an object"),
     "made null": (changed(made=None), "field made must be an object"), "made text": (changed(made="x"), "field made"),
-    "looks null": (changed(looks=None), "field looks must be a list"), "looks object": (changed(looks={}), "field looks"),
+    "looks null": (changed(looks=None), "field looks must be a list"),
+    "looks object": (changed(looks={}), "field looks"),
     "looks of numbers": (changed(looks=[1]), "field looks must list objects with n and questions"),
     "look without n": (changed(looks=[dict(questions=2)]), "field looks must list objects"),
     "look of nothing": (changed(looks=[dict(n=0, questions=2)]), "field looks must list objects"),
     "look of text": (changed(looks=[dict(n="4", questions=2)]), "field looks must list objects"),
     "look of NaN": (changed(looks=[dict(n=float("nan"), questions=2)]), "field looks must list objects"),
-    "planned evil": (changed(planned="evil"), "looks must be the n's"), "planned null": (changed(planned=None), "field planned"),
-    "planned 10,000,000": (changed(planned=10**7), "a whole number from 1 to 1000"), "planned 0": (changed(planned=0), "looks must be"),
-    "planned falling": (changed(planned=[8, 4]), "looks must be the n's"), "planned empty": (changed(planned=[]), "looks must be"),
-    "planned object": (changed(planned={"n": 4}), "looks must be the n's"), "planned -1": (changed(planned=-1), "looks must be"),
+    "planned evil": (changed(planned="evil"), "looks must be the n's"),
+    "planned null": (changed(planned=None), "field planned"),
+    "planned 10,000,000": (changed(planned=10**7), "a whole number from 1 to 1000"),
+    "planned 0": (changed(planned=0), "looks must be"),
+    "planned falling": (changed(planned=[8, 4]), "looks must be the n's"),
+    "planned empty": (changed(planned=[]), "looks must be"),
+    "planned object": (changed(planned={"n": 4}), "looks must be the n's"),
+    "planned -1": (changed(planned=-1), "looks must be"),
     "no questions": (changed(questions=...), "field questions must be an object"),
     "questions list": (changed(questions=[]), "field questions must be an object"),
     "group null": (changed(questions=dict(forget=None)), "field questions must hold a list"),
@@ -97,10 +102,12 @@ def test_a_description_of_the_wrong_shape_is_one_sentence(name, run):
     change, sentence = RUNS[name]
     change(run)
     before = (run/"run.json").read_bytes()
-    for read in (read_run, report_run, lambda folder: evaluate(Parrot(), QAS, 4, decoding=SHORT, out=folder, progress=False)):
+    for read in (read_run, report_run, lambda folder: evaluate(Parrot(), QAS, 4, decoding=SHORT, out=folder,
+        progress=False)):
         with pytest.raises(ValueError) as error: read(run)
         said = str(error.value)
-        assert sentence in said and "run.json is not a run's description" in said and "nothing was changed" in said, said
+        assert sentence in said, said
+        assert "run.json is not a run's description" in said and "nothing was changed" in said
     assert (run/"run.json").read_bytes() == before
 
 
@@ -123,7 +130,8 @@ DRAWS = {
     "another table": lambda path: pq.write_table(pa.table(dict(a=[1])), path),
     "numbers for answers": table(answer=[1, 2, 3, 4]), "bytes for answers": table(answer=[b"a"] * 4),
     "lists for answers": table(answer=[["a"]] * 4), "texts for probabilities": table(logprob=["-1"] * 4),
-    "whole probabilities": table(logprob=[-1] * 4), "short probabilities": table(logprob=pa.array([-1.] * 4, pa.float32())),
+    "whole probabilities": table(logprob=[-1] * 4),
+    "short probabilities": table(logprob=pa.array([-1.] * 4, pa.float32())),
     "probabilities above 1": table(logprob=[.5] * 4), "infinite probabilities": table(logprob=[float("inf")] * 4),
     "texts for tokens": table(tokens=["a"] * 4), "fractions for tokens": table(tokens=[[1.5]] * 4),
     "numbers for finished": table(finished=[1] * 4), "no answers": table(answer=...), "no tokens": table(tokens=...),
@@ -154,7 +162,8 @@ COPIES = [("draws-q1", "draws-q0"), ("greedy-q0", "draws-q0"), ("draws-q0", "gre
 @pytest.mark.parametrize("source, target", COPIES)
 def test_a_file_copied_over_anothers_is_refused(source, target, run):
     shutil.copy(run/f"{source}.parquet", run/f"{target}.parquet")
-    with pytest.raises(ValueError, match=f"{target}.parquet holds draws of another run; move it away|don't have"): report_run(run)
+    with pytest.raises(ValueError, match=f"{target}.parquet holds draws of another run; move it away|don't have"):
+        report_run(run)
 
 
 def test_a_servers_file_copied_over_anothers_is_refused(script, tmp_path):
@@ -193,10 +202,12 @@ def test_reports_are_read_from_a_folder_that_nobody_may_write(run, monkeypatch):
     with pytest.warns(RuntimeWarning, match="can't be written, so this look isn't written down: whoever draws more"):
         report = report_run(run, score="keywords_any")
     assert report.x.shape == (2, 4) and len(read_run(run).looks) == 1
-    with pytest.raises(OSError, match=r"run could not be written \(Read-only file system\).*: that disk is read-only") as e:
+    refused = r"run could not be written \(Read-only file system\).*: that disk is read-only"
+    with pytest.raises(OSError, match=refused) as e:
         evaluate(Parrot(), QAS, 8, decoding=SHORT, out=run, progress=False)
     assert ".lock" not in str(e.value)
-    with pytest.raises(OSError, match="elsewhere.json could not be written .*: that disk is read-only"): report.save(run/"elsewhere")
+    with pytest.raises(OSError, match="elsewhere.json could not be written .*: that disk is read-only"):
+        report.save(run/"elsewhere")
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -206,12 +217,27 @@ def label(value, key=f'"{KEY}"', more=""): return f'{{"key": {key}, "label": {va
 
 
 NO_LABELS = {
-    "a text without a line end": "my notes", "a run": '{"settings": {}, "planned": 1}', "a list": "[1, 2]\n", "rows": '{"a": 1}\n',
-    "text": "hello\n", "binary": "\x00\x01\n", "csv": "key,label\na,1\n", "below 0": label(-1), "above 1": label(5), "NaN": label("NaN"),
-    "infinity": label("Infinity"), "a word": label('"no"'), "null": label("null"), "a list of labels": label("[1]"), "true": label("true"),
+    "a text without a line end": "my notes",
+    "a run": '{"settings": {}, "planned": 1}',
+    "a list": "[1, 2]\n",
+    "rows": '{"a": 1}\n',
+    "text": "hello\n",
+    "binary": "\x00\x01\n",
+    "csv": "key,label\na,1\n",
+    "below 0": label(-1),
+    "above 1": label(5),
+    "NaN": label("NaN"),
+    "infinity": label("Infinity"),
+    "a word": label('"no"'),
+    "null": label("null"),
+    "a list of labels": label("[1]"),
+    "true": label("true"),
     "another field": label(1, more=', "why": 1'), "no key": '{"label": 1}\n', "a number as key": label(1, key="7"),
     "two lines, one wrong": label(1) + label(2), "half a line within": label(1) + '{"key": "a", "la\n' + label(1),
-    "deep": "[" * 10**5 + "\n", "a page": "<html></html>\n", "its beginning by chance": '{"key": 7', "a long number": label("9" * 5000),
+    "deep": "[" * 10**5 + "\n",
+    "a page": "<html></html>\n",
+    "its beginning by chance": '{"key": 7',
+    "a long number": label("9" * 5000),
 }
 
 
@@ -243,7 +269,8 @@ def test_two_who_write_one_file_of_labels_lose_nothing(tmp_path, monkeypatch):
 
 def train(folder, steps=3):
     model = random_model(vocab=16, seed=3)
-    finetune(model, letters(4, seed=1), TrainConfig(steps=steps, batch_size=2, lr=1e-2, checkpoint=str(folder), checkpoint_every=1))
+    finetune(model, letters(4, seed=1), TrainConfig(steps=steps, batch_size=2, lr=1e-2, checkpoint=str(folder),
+        checkpoint_every=1))
     return model
 
 
@@ -304,10 +331,14 @@ STATES = {
     "a moment is missing": (tensors(drop("moments/")), "moments '.*' is missing"),
     "all moments are missing": (tensors(drop_all("moments/")), "moments '.*' is missing"),
     "the random state is missing": (tensors(drop_all("random/")), "the random state is missing"),
-    "another random state": (tensors(lambda t: t.update({"random/cpu": torch.zeros(3, dtype=torch.uint8)})), "random state is another's"),
-    "a weight too many": (tensors(lambda t: t.update({"weights/evil": torch.ones(2)})), "weights 'evil' is not of this model"),
-    "rows too many": (tensors(lambda t: t.update({"weights/lm_head.weight": torch.ones(99, 32)})), "lm_head.weight' has the shape"),
-    "a flat weight": (tensors(reshaped), "has the shape"), "another part": (tensors(lambda t: t.update({"evil": torch.ones(2)})), "holds 'evil'"),
+    "another random state": (tensors(lambda t: t.update({"random/cpu": torch.zeros(3, dtype=torch.uint8)})),
+        "random state is another's"),
+    "a weight too many": (tensors(lambda t: t.update({"weights/evil": torch.ones(2)})),
+        "weights 'evil' is not of this model"),
+    "rows too many": (tensors(lambda t: t.update({"weights/lm_head.weight": torch.ones(99, 32)})),
+        "lm_head.weight' has the shape"),
+    "a flat weight": (tensors(reshaped), "has the shape"),
+    "another part": (tensors(lambda t: t.update({"evil": torch.ones(2)})), "holds 'evil'"),
     "a weight is NaN": (tensors(put("weights/", float("nan"))), "weights '.*' holds NaN"),
     "a moment is NaN": (tensors(put("moments/", float("nan"))), "moments '.*' holds NaN"),
     "a moment is infinite": (tensors(put("moments/", float("inf"))), "moments '.*' holds NaN or infinity"),
@@ -317,14 +348,20 @@ STATES = {
     "sealed moments are missing": (tensors(drop_all("moments/"), sealed=True), "don't fit its hash"),
     "no notes": (lambda path: save_file(load_file(path), path), "its header has no notes"),
     "notes that are no JSON": (lambda path: save_file(load_file(path), path, dict(notes="{")), "its notes is not JSON"),
-    "a list of notes": (lambda path: save_file(load_file(path), path, dict(notes="[]")), "its notes are no JSON object"),
+    "a list of notes": (lambda path: save_file(load_file(path), path, dict(notes="[]")),
+        "its notes are no JSON object"),
     "deep notes": (lambda path: save_file(load_file(path), path, dict(notes="[" * 10**5)), "nested too deep"),
-    "no run": (told(run=None), "its notes tell no run"), "rows null": (told(rows=None), "no row of numbers for each update"),
+    "no run": (told(run=None), "its notes tell no run"),
+    "rows null": (told(rows=None), "no row of numbers for each update"),
     "a row is missing": (told(rows=[dict(step=2, loss=1.)]), "no row of numbers for each update"),
-    "rows of text": (told(rows=[dict(step=1, loss="x")]), "no row of numbers"), "a row of null": (told(rows=[None]), "no row of numbers"),
-    "more rows than updates": (told(rows=[dict(step=i + 1, loss=1.) for i in range(9)]), "it is 9 updates far, and the run has 3"),
-    "best of another kind": (told(best=7), "the best update is 7"), "best to come": (told(best=[99, 0]), "the best update is"),
-    "empty": (lambda path: path.write_bytes(b""), "is no whole checkpoint"), "text": (lambda path: path.write_text("hello" * 9), "is no whole checkpoint"),
+    "rows of text": (told(rows=[dict(step=1, loss="x")]), "no row of numbers"),
+    "a row of null": (told(rows=[None]), "no row of numbers"),
+    "more rows than updates": (told(rows=[dict(step=i + 1, loss=1.) for i in range(9)]),
+        "it is 9 updates far, and the run has 3"),
+    "best of another kind": (told(best=7), "the best update is 7"),
+    "best to come": (told(best=[99, 0]), "the best update is"),
+    "empty": (lambda path: path.write_bytes(b""), "is no whole checkpoint"),
+    "text": (lambda path: path.write_text("hello" * 9), "is no whole checkpoint"),
     "half": (lambda path: path.write_bytes(path.read_bytes()[:5000]), "is no whole checkpoint"),
     "a pickle": (lambda path: torch.save(dict(a=1), path), "is no whole checkpoint"),
     "an endless header": (lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]), "is no whole checkpoint"),
@@ -366,7 +403,8 @@ class Runs:
 def config(**fields):
     def change(folder):
         there = json.loads((folder/"config.json").read_text()) | fields
-        (folder/"config.json").write_text(json.dumps({name: value for name, value in there.items() if value is not ...}))
+        (folder/"config.json").write_text(json.dumps({name: value for name, value in there.items()
+            if value is not ...}))
     return change
 
 
@@ -381,7 +419,11 @@ def weights(change):
     return changed
 
 
-def cut(share): return lambda folder: (folder/"model.safetensors").write_bytes((folder/"model.safetensors").read_bytes()[:share])
+def cut(share):
+    def changed(folder):
+        path = folder/"model.safetensors"
+        path.write_bytes(path.read_bytes()[:share])
+    return changed
 
 
 def only_a_pickle(folder):
@@ -390,23 +432,36 @@ def only_a_pickle(folder):
 
 
 MODELS = {
-    "no config": (lambda folder: (folder/"config.json").unlink(), "config.json"), "empty config": (put_text("config.json", ""), "broken"),
-    "torn config": (put_text("config.json", "{"), "broken"), "deep config": (put_text("config.json", "[" * 10**5), "broken or cut off"),
-    "config of text": (put_text("config.json", '"hello"'), ""), "no kind": (config(model_type=...), "names no model_type"),
-    "unknown kind": (config(model_type="evil"), "knows no 'evil' models"), "an encoder": (config(model_type="bert"), ""),
-    "code of its own": (config(model_type="evil", auto_map=dict(AutoModelForCausalLM="evil.Evil")), "brings code of its own"),
-    "another width": (config(hidden_size=8), ""), "another vocabulary": (config(vocab_size=7), ""), "layers missing": (config(num_hidden_layers=9), ""),
-    "no weights": (lambda folder: (folder/"model.safetensors").unlink(), ""), "empty weights": (cut(0), "broken or cut off"),
+    "no config": (lambda folder: (folder/"config.json").unlink(), "config.json"),
+    "empty config": (put_text("config.json", ""), "broken"),
+    "torn config": (put_text("config.json", "{"), "broken"),
+    "deep config": (put_text("config.json", "[" * 10**5), "broken or cut off"),
+    "config of text": (put_text("config.json", '"hello"'), ""),
+    "no kind": (config(model_type=...), "names no model_type"),
+    "unknown kind": (config(model_type="evil"), "knows no 'evil' models"),
+    "an encoder": (config(model_type="bert"), ""),
+    "code of its own": (config(model_type="evil", auto_map=dict(AutoModelForCausalLM="evil.Evil")),
+        "brings code of its own"),
+    "another width": (config(hidden_size=8), ""),
+    "another vocabulary": (config(vocab_size=7), ""),
+    "layers missing": (config(num_hidden_layers=9), ""),
+    "no weights": (lambda folder: (folder/"model.safetensors").unlink(), ""),
+    "empty weights": (cut(0), "broken or cut off"),
     "a header only": (cut(100), "broken or cut off"), "half of the weights": (cut(50_000), "broken or cut off"),
-    "a weight missing": (weights(drop("model.layers.1")), "weights are missing"), "a flat weight": (weights(lambda t: t.update(
+    "a weight missing": (weights(drop("model.layers.1")), "weights are missing"),
+    "a flat weight": (weights(lambda t: t.update(
         {"model.norm.weight": torch.ones(3)})), "the weight model.norm.weight has the shape"),
-    "a pickle": (only_a_pickle, "a pickle can run code"), "no tokenizer": (lambda folder: (folder/"tokenizer.json").unlink(), "tokenizer"),
-    "empty tokenizer": (put_text("tokenizer.json", ""), "the tokenizer can't be read"), "odd tokenizer": (put_text("tokenizer.json", '{"model": 7}'), "the tokenizer can't be read"),
+    "a pickle": (only_a_pickle, "a pickle can run code"),
+    "no tokenizer": (lambda folder: (folder/"tokenizer.json").unlink(), "tokenizer"),
+    "empty tokenizer": (put_text("tokenizer.json", ""), "the tokenizer can't be read"),
+    "odd tokenizer": (put_text("tokenizer.json", '{"model": 7}'), "the tokenizer can't be read"),
     "deep tokenizer": (put_text("tokenizer.json", "[" * 10**5), "the tokenizer can't be read"),
     "null tokenizer": (put_text("tokenizer.json", "null"), "the tokenizer can't be read"),
     "odd tokenizer config": (put_text("tokenizer_config.json", "[]"), "the tokenizer can't be read"),
-    "torn template": (put_text("probunlearn_template.json", "{"), "is no template of a model"), "template of a list": (put_text("probunlearn_template.json", "[1]"), "is no template"),
-    "template without a question": (put_text("probunlearn_template.json", '{"prompt": "hello"}'), "is no template of a model"),
+    "torn template": (put_text("probunlearn_template.json", "{"), "is no template of a model"),
+    "template of a list": (put_text("probunlearn_template.json", "[1]"), "is no template"),
+    "template without a question": (put_text("probunlearn_template.json", '{"prompt": "hello"}'),
+        "is no template of a model"),
     "template with more": (put_text("probunlearn_template.json", '{"evil": 1}'), "is no template of a model"),
     "deep template": (put_text("probunlearn_template.json", "[" * 10**5), "is no template of a model"),
     "template of a number": (put_text("probunlearn_template.json", '{"system": 7}'), "is no template of a model"),
@@ -432,16 +487,19 @@ def test_a_broken_model_is_one_sentence_and_runs_nothing(name, model_folder, mon
 
 
 def test_a_judge_runs_no_code_and_asks_nobody(model_folder, monkeypatch):
-    config(model_type="evil", auto_map=dict(AutoModelForSequenceClassification="evil.Evil", AutoConfig="evil.Config"))(model_folder)
+    config(model_type="evil", auto_map=dict(AutoModelForSequenceClassification="evil.Evil",
+        AutoConfig="evil.Config"))(model_folder)
     (model_folder/"evil.py").write_text("open('owned', 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
     with pytest.raises((ValueError, OSError)): ClassifierJudge(str(model_folder), "toxic")
-    with pytest.raises(FileNotFoundError, match="models/judge .and no hub is asked"): ClassifierJudge("models/judge", "toxic")
+    with pytest.raises(FileNotFoundError, match="models/judge .and no hub is asked"):
+        ClassifierJudge("models/judge", "toxic")
     assert not Path("owned").exists()
 
 
 def test_a_model_that_cannot_be_written_leaves_the_old_one(model_folder, monkeypatch):
     before = {p.name: p.read_bytes() for p in model_folder.iterdir()}
     monkeypatch.setattr(files, "DISK", ReadOnly())
-    with pytest.raises(OSError, match="model could not be written .*: that disk is read-only"): small_model("full").save(model_folder)
+    with pytest.raises(OSError, match="model could not be written .*: that disk is read-only"):
+        small_model("full").save(model_folder)
     assert {p.name: p.read_bytes() for p in model_folder.iterdir()} == before
