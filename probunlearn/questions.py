@@ -164,7 +164,7 @@ def pooled_mean(
 ) -> Bound:
     "Bound on the average score over a fixed set of questions (stratified betting; kl: Hoeffding 1963, theorem 1)."
     chosen("method", method, ["betting"] if anytime else ["betting", "kl"])
-    table = as_scores(x, missing, anytime)
+    table = as_scores(x, missing, anytime, ordered=anytime)
     exact = binary and method == "betting" and not anytime
     value = on_side(side, alpha, *_pooled_ends(table, method, anytime, exact))
     how = "pooled clopper-pearson" if exact else "stratified betting" if method == "betting" else "pooled kl"

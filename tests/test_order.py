@@ -4,10 +4,13 @@ import pytest
 from scipy import special
 
 from test_bounds import ALLOWED, ALPHA, LAWS, MEAN_METHODS, SPREADS, misses
-from probunlearn.bounds import ed_bound, mean_bound, std_bound, variance_bound
+from probunlearn.bounds import FileScores, ed_bound, mean_bound, std_bound, variance_bound
 from probunlearn.judged import prediction_powered
 from probunlearn.means import betting, constant_stakes, dealt, even_order
+from probunlearn.metrics import dataset_claims, leakage
 from probunlearn.questions import difference_bound, phrasings_bound, pooled_mean, population_mean
+from probunlearn.sequential import Claim, MeanSequence, RateSequence, certify, plan_looks
+from probunlearn.tables import plain_table, scores_from_table
 
 
 def blocked(x): return np.concatenate([part for part in np.array_split(np.sort(x, -1), 4, -1)][::-1], -1)
@@ -162,3 +165,26 @@ def test_two_sides_of_a_spread_share_alpha():
     assert variance_bound(x, side="lower").method == "bj"
     band = variance_bound(x, side="two-sided", method="bj").value
     assert (band == np.stack([variance_bound(x, side=s, method="bj").value for s in ("lower", "upper")], -1)).all()
+
+
+# What bets in the order of drawing
+
+def test_what_may_stop_at_any_time_refuses_a_table_without_an_order():
+    x = np.sort(np.random.default_rng(12).random((3, 64))).view(FileScores)
+    calls = (lambda x: MeanSequence().add(x), lambda x: RateSequence().add(x > .5), lambda x: certify(Claim(.5), x[0]),
+             lambda x: plan_looks([8, 32]).verdict(x[0] > .5), lambda x: pooled_mean(x, anytime=True),
+             lambda x: leakage(x, anytime=True), lambda x: dataset_claims(x, anytime=True))
+    for call in calls:
+        for same in x, x.copy(), np.where(x > 2, 0, x), x * 1.:
+            with pytest.raises(ValueError, match="doesn't number its draws"): call(same)
+        call(np.asarray(x))
+    for bound in mean_bound, std_bound, ed_bound, pooled_mean: assert type(bound(x).value) is not FileScores
+    assert set(leakage(x)) >= {"mean_upper", "ed_upper"}
+
+def test_a_table_says_whether_it_numbers_its_draws():
+    rows = [dict(question="q", answer="a", score=s) for s in (.1, .2, .9)]
+    plain = plain_table(rows, "x.jsonl")
+    assert type(scores_from_table(plain, "score")) is FileScores
+    assert type(scores_from_table(plain[plain.score < .5], "score")) is FileScores
+    numbered = plain_table([row | dict(draw=i) for i, row in enumerate(rows)], "x.jsonl")
+    assert type(scores_from_table(numbered, "score")) is np.ndarray
