@@ -103,7 +103,7 @@ def _round_stake(x, goal, anytime):     # (1, n) one stake per round, from the r
 def _dealt_rows(x, alpha):              # questions in canonical order, each dealt evenly, from a place of its own
     rows = np.sort(x, 1) + 0.0
     rows = rows[np.lexsort(rows.T[::-1])]
-    starts = (first_place(alpha) + np.arange(len(rows)) * (5**0.5 - 1) / 2) % 1
+    starts = (first_place(alpha, x.shape[1]) + np.arange(len(rows)) * (5**0.5 - 1) / 2) % 1
     return np.array([row[even_order(x.shape[1], start)] for row, start in zip(rows, starts.tolist())])
 
 def _round_players(x, goal, caps, coin):    # functions of m: the log money of each player after each round
