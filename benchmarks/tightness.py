@@ -19,8 +19,8 @@ def rouge_a(rng, size):                 # many zeros, a few whole answers, the r
 def rouge_b(rng, size): return (np.round(rng.normal(.45, .04, size) * 37) / 37).clip(0, 1)
 
 # name -> (draw, whether the score is 0 or 1 by definition)
-LAWS = {"zeros": (lambda rng, size: np.zeros(size), True), "coin .003": (coin(.003), True), "coin .02": (coin(.02), True),
-        "coin .3": (coin(.3), True), "99 % zeros": (mostly_zero(.99), False), "90 % zeros": (mostly_zero(.9), False),
+LAWS = {"zeros": (lambda rng, size: np.zeros(size), True), "coin .003": (coin(.003), True),
+        "coin .02": (coin(.02), True), "coin .3": (coin(.3), True), "99 % zeros": (mostly_zero(.99), False), "90 % zeros": (mostly_zero(.9), False),
         "ROUGE-A": (rouge_a, False), "ROUGE-B": (rouge_b, False),
         "Beta(2, 8)": (lambda rng, size: rng.beta(2, 8, size), False),
         "uniform": (lambda rng, size: rng.random(size), False)}
@@ -44,7 +44,8 @@ def spreads(x):                         # method -> average upper bounds on the 
     if expectation_bounds:
         std = std_bounds(x, alpha=ALPHA)[2]
         valid = not (x == 0).any()      # it drops the probability of a score of exactly 0
-        found["conbo" if valid else "conbo (invalid here)"] = std.mean(), (expectation_bounds(x, alpha=ALPHA)[2] + 2 * std).mean()
+        both = expectation_bounds(x, alpha=ALPHA)[2] + 2 * std
+        found["conbo" if valid else "conbo (invalid here)"] = std.mean(), both.mean()
     return found
 
 def percent(value, base): return f"{100 * (value / base - 1):+.1f} %"

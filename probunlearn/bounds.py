@@ -109,7 +109,7 @@ class StoppedScores(_Marked):
     def __int__(self): check_fixed(self)                                                # a count for fixed-n bounds
 
 class FileScores(_Marked):
-    "Scores in a file's order, which may not be that of the draws: fixed-n bounds take them, anytime claims refuse them."
+    "Scores in a file's order, not known to be that of the draws: fixed-n bounds take them, anytime claims refuse them."
 
 def check_ordered(
     x,                                  # scores, or which draws leaked
@@ -117,8 +117,8 @@ def check_ordered(
     "Does the table carry the order in which its draws were made?"
     rows = x if isinstance(x, (list, tuple)) else [x]
     if any(isinstance(row, FileScores) for row in rows):
-        raise ValueError("these scores come from a table that doesn't number its draws, so nobody knows their order, and "
-                         "what may stop at any time bets in the order of drawing: add a column with the number of each "
+        raise ValueError("these scores come from a table that doesn't number its draws, so nobody knows their order, "
+                         "and what may stop at any time bets in the order of drawing: add a column with the number of each "
                          "draw, or use a bound for a fixed number of draws, which needs no order")
 
 def check_fixed(

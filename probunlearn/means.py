@@ -151,7 +151,7 @@ def wealth(
     return total / len(stakes)
 
 # %% ../nbs/2_bounds/02_means.ipynb #b828c3e3
-def _next_try(low, high, i):            # (Q,) where to look next: near the one end known, on the chord, or in the middle
+def _next_try(low, high, i):            # (Q,) near the one end known, on the chord, or in the middle
     (a, f), (b, g) = low, high
     with np.errstate(all="ignore"): chord = b - g * (b - a) / (g - f)
     chord = np.where(np.isinf(g), 1.2 * a, np.where(np.isinf(f), b / 1.2, chord))
@@ -263,7 +263,7 @@ def ed_by_bets(
     alpha: float,       # chance that a row's bound is too small
     k: float,           # weight of the standard deviation, above 0
 ) -> np.ndarray:        # (Q,) at most (1 + sqrt(1 + k^2)) / 2
-    "Upper bound on mean + k * std: bets on a score plus k / 2 times its scaled squared distance from the average so far."
+    "Upper bound on mean + k * std: bets on a score plus its scaled squared distance from the average so far."
     most = (1 + np.sqrt(1 + k * k)) / 2
     if x.shape[1] == 1: return np.full(len(x), most)
     enough = -np.log(alpha) / x.shape[1]

@@ -66,7 +66,7 @@ def ed_score(
     return float(score[0]) if np.ndim(x) == 1 else score
 
 # %% ../nbs/2_bounds/07_metrics.ipynb #ca1f481d
-def _fixed_bounds(table, leaks, alpha, missing, binary):    # upper bounds per question for a number of draws fixed in advance
+def _fixed_bounds(table, leaks, alpha, missing, binary):    # per question, n fixed in advance
     return dict(rate_upper=binary_bound(leaks.sum(1), table.shape[1], alpha).value,
                 mean_upper=mean_bound(table, alpha, missing=missing, binary=binary).value,
                 std_upper=std_bound(table, alpha, missing=missing).value,

@@ -12,8 +12,8 @@ from scipy import special
 from .checks import check_alpha, chosen
 from .means import betting, bets_in_order, binomial_ceiling, border, coin_stake, dealt, even_order
 from .means import first_place, first_refuted, kl, log_wealth
-from .bounds import Bound, _blocks, _coin_ends, _like, _numbers, as_scores, binary_bound, check_counts, check_fixed, draws_each
-from .bounds import jointly, mean_bound, on_side
+from .bounds import Bound, _blocks, _coin_ends, _like, _numbers, as_scores, binary_bound, check_counts
+from .bounds import check_fixed, draws_each, jointly, mean_bound, on_side
 from .sequential import rate_ends, rate_evidence
 
 # %% ../nbs/2_bounds/05_questions.ipynb #e7504fb2

@@ -82,7 +82,7 @@ def _difference(report, first, alpha):
     "What can be claimed about the average leak probability of one model minus that of another."
     of = [np.where(each.missing, np.nan, each.leaks) for each in (report, first)]
     looks, pairs = max(report.looks, first.looks), report.models * first.models     # all that could have been compared
-    own = all(d.run for each in (report, first) for d in each.forget.draws)         # drawn here: i is the stream's number
+    own = all(d.run for each in (report, first) for d in each.forget.draws)       # drawn here: i is the stream's number
     bound = difference_bound(*of, alpha=alpha / looks / pairs, pooled=True, paired=own or None, missing="worst")
     return replace(
         looked(bound, looks, pairs), alpha=alpha, decoding=_ways(report, first),

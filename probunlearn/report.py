@@ -139,8 +139,8 @@ def _lost(report):
     if greedy: yield f"{greedy:,} of {len(report.x):,} greedy answers are missing; they count as no leak seen."
     odd = sum(d.logprobs is not None and beyond_one(np.exp(d.logprobs)) for d in report.forget.draws)
     if odd:
-        yield (f"The probabilities of the distinct answers to {odd:,} of {len(report.x):,} questions sum to more than 1, "
-               "so nothing is claimed for certain there.")
+        yield (f"The probabilities of the distinct answers to {odd:,} of {len(report.x):,} questions sum to more than "
+               "1, so nothing is claimed for certain there.")
 
 # %% ../nbs/4_reports/05_report.ipynb #fb6056e9
 def _numbers(report):
