@@ -95,16 +95,31 @@ class Bound:
     def _sides(self): return ("lower", "upper") if self.side == "two-sided" else (self.side,)
 
 # %% ../nbs/2_bounds/03_bounds.ipynb #96bbba66
-class StoppedScores(np.ndarray):
-    "Scores of a run that stopped when it had seen enough: anytime claims take them, fixed-n bounds refuse them."
-    __array_priority__ = 1.0            # what is joined with them is stopped, too
+class _Marked(np.ndarray):              # scores that some bounds must refuse
+    __array_priority__ = 1.0            # what is joined with them is marked, too
 
     def __array_function__(self, function, *given):
         found = super().__array_function__(function, *given)
-        return found.view(StoppedScores) if type(found) is np.ndarray else found        # np.where, np.copy, …
+        return found.view(type(self)) if type(found) is np.ndarray else found           # np.where, np.copy, …
 
     def __iter__(self): return (self[i, ...] for i in range(len(self)))                 # list(x), sum(x)
+
+class StoppedScores(_Marked):
+    "Scores of a run that stopped when it had seen enough: anytime claims take them, fixed-n bounds refuse them."
     def __int__(self): check_fixed(self)                                                # a count for fixed-n bounds
+
+class FileScores(_Marked):
+    "Scores in a file's order, not known to be that of the draws: fixed-n bounds take them, anytime claims refuse them."
+
+def check_ordered(
+    x,                                  # scores, or which draws leaked
+) -> None:                              # ValueError for `FileScores`
+    "Does the table carry the order in which its draws were made?"
+    rows = x if isinstance(x, (list, tuple)) else [x]
+    if any(isinstance(row, FileScores) for row in rows):
+        raise ValueError("these scores come from a table that doesn't number its draws, so nobody knows their order, "
+                         "and what may stop at any time bets in the order of drawing: add a column with the number of each "
+                         "draw, or use a bound for a fixed number of draws, which needs no order")
 
 def check_fixed(
     x,                                  # scores, or counts of leaks
@@ -134,9 +149,11 @@ def as_scores(
     x,                                  # (n,) or (questions, n) scores in [0, 1]: array, list or tensor of any numbers
     missing: str = "error",             # "worst" lets NaN pass, to be counted as the worst case
     anytime: bool = False,              # also take the scores of a run that stopped early
+    ordered: bool = False,              # refuse scores whose order is a file's
 ) -> np.ndarray:                        # (questions, n) float64
     "Scores as a table; ValueError on an empty, three-dimensional, complex, non-finite, out-of-range or stopped input."
     if not anytime: check_fixed(x)
+    if ordered: check_ordered(x)
     x = _numbers(x)
     if missing not in ("error", "worst"): raise ValueError(f"missing must be 'error' or 'worst', got {missing!r}")
     if x.ndim not in (1, 2) or not x.size:
@@ -336,7 +353,7 @@ def _spread(table, band, k):            # (Q,) mean and (Q,) variance of the mos
     low, high = (np.sort(np.nan_to_num(table, nan=v), 1) for v in (0, 1))
     return _blocks(lambda a, b: np.stack(spread_ceiling(a, b, *band, k), 1), low, high, size=2**20).T
 
-# %% ../nbs/2_bounds/03_bounds.ipynb #90a3b030
+# %% ../nbs/2_bounds/03_bounds.ipynb #dfd5839c
 def _variance_ends(table, method):      # functions of alpha, and the name of what gives each
     n, lower = table.shape[1], "bj" if method == "betting" else method
     def above(a):

@@ -94,7 +94,7 @@ def log_wealth(
     with np.errstate(divide="ignore"): money = np.minimum(stake, 0.75 / (1 - m)) * (m - x)
     return np.cumsum(np.log1p(money, out=money), 1, out=money)
 
-# %% ../nbs/2_bounds/02_means.ipynb #24999e4d
+# %% ../nbs/2_bounds/02_means.ipynb #da420170
 def cautious_stake(
     x: np.ndarray,      # (Q, n) numbers in [0, 1], in the order of the bets
     alpha: float,       # chance that a row's bound is too small
@@ -102,7 +102,7 @@ def cautious_stake(
     "The stake tuned to this n and the variance so far (Waudby-Smith and Ramdas 2024, section 4.1)."
     return np.sqrt(-2 * np.log(alpha) / (x.shape[1] * past_variance(x)))
 
-# %% ../nbs/2_bounds/02_means.ipynb #6e567202
+# %% ../nbs/2_bounds/02_means.ipynb #7f1c30ca
 @lru_cache(maxsize=64)
 def even_order(
     n: int,             # draws
@@ -113,17 +113,17 @@ def even_order(
     place = (start + np.minimum(rank, n - 1 - rank) * (2**0.5 - 1)) % 1
     return np.argsort(np.where(2 * rank >= n, place, 1 - place), kind="stable")
 
-def first_place(alpha): # of the largest score; coins were checked for it, see below
-    return 0.75 if 0.001 <= alpha <= 0.05 else 0.25
+def first_place(alpha, n):              # of the largest score; coins were checked for it, see below
+    return 0.75 if 0.001 <= alpha <= 0.05 and n >= 16 else 0.25
 
 def dealt(
     x: np.ndarray,      # (Q, n) scores in whatever order; NaN counts as the largest
     alpha: float,       # chance that a row's bound is too small
 ) -> np.ndarray:        # (Q, n)
     "The scores of each row in an even order, which depends on n and alpha only."
-    return np.sort(x, 1)[:, even_order(x.shape[1], first_place(alpha))]
+    return np.sort(x, 1)[:, even_order(x.shape[1], first_place(alpha, x.shape[1]))]
 
-# %% ../nbs/2_bounds/02_means.ipynb #11873afc
+# %% ../nbs/2_bounds/02_means.ipynb #28149410
 def coin_stake(
     m: np.ndarray,      # means to bet against, in (0, 1)
     enough: float,      # ln(1 / alpha) / n
@@ -150,8 +150,8 @@ def wealth(
         with np.errstate(over="ignore"): total += np.cumprod(growth, 1, out=growth)
     return total / len(stakes)
 
-# %% ../nbs/2_bounds/02_means.ipynb #36501bc1
-def _next_try(low, high, i):            # (Q,) where to look next: near the one end known, on the chord, or in the middle
+# %% ../nbs/2_bounds/02_means.ipynb #b828c3e3
+def _next_try(low, high, i):            # (Q,) near the one end known, on the chord, or in the middle
     (a, f), (b, g) = low, high
     with np.errstate(all="ignore"): chord = b - g * (b - a) / (g - f)
     chord = np.where(np.isinf(g), 1.2 * a, np.where(np.isinf(f), b / 1.2, chord))
@@ -178,7 +178,7 @@ def border(
         m = _next_try((a[rows], f[rows]), (b[rows], g[rows]), i)
     return b
 
-# %% ../nbs/2_bounds/02_means.ipynb #0036f6ce
+# %% ../nbs/2_bounds/02_means.ipynb #108c646b
 def log_most(
     x: np.ndarray,      # (Q, n) numbers in the order of the bets
     m: np.ndarray,      # (Q, 1) mean to bet against
@@ -213,7 +213,7 @@ def betting(
     "A coin player and a cautious one, in an even order (after Waudby-Smith and Ramdas 2024)."
     return bets_in_order(dealt(x, alpha), alpha)
 
-# %% ../nbs/2_bounds/02_means.ipynb #abaca159
+# %% ../nbs/2_bounds/02_means.ipynb #4561e625
 def constant_stakes(
     x: np.ndarray,      # (Q, n) scores in [0, 1], in whatever order
     alpha: float,       # chance that a row's bound is too small
@@ -230,7 +230,7 @@ def constant_stakes(
         return np.logaddexp.reduce(logs) >= -np.log(alpha)
     return first_refuted(refuted, np.zeros(len(x)), steps=30)
 
-# %% ../nbs/2_bounds/02_means.ipynb #ac01ee8a
+# %% ../nbs/2_bounds/02_means.ipynb #07721f51
 def _known_and_earlier(x, alpha):   # dealt scores from the second on, and the average of those before each
     x = dealt(x, alpha)
     seen = np.nan_to_num(x, nan=0.5)
@@ -249,7 +249,7 @@ def variance_by_bets(
     later, centre = _known_and_earlier(x, alpha)
     return np.minimum(bets_in_order(_distances(later, centre), alpha, caps=(0.97,)), 0.25)
 
-# %% ../nbs/2_bounds/02_means.ipynb #f9a2af40
+# %% ../nbs/2_bounds/02_means.ipynb #45d5dfd0
 def _expected_spread(distances, enough):    # (Q, m) what a bound on the standard deviation will be, from earlier draws
     past = np.cumsum(distances, 1)[:, :-1] / np.arange(1, distances.shape[1])
     variance = np.c_[np.full(len(distances), 0.25), past]
@@ -263,7 +263,7 @@ def ed_by_bets(
     alpha: float,       # chance that a row's bound is too small
     k: float,           # weight of the standard deviation, above 0
 ) -> np.ndarray:        # (Q,) at most (1 + sqrt(1 + k^2)) / 2
-    "Upper bound on mean + k * std: bets on a score plus k / 2 times its scaled squared distance from the average so far."
+    "Upper bound on mean + k * std: bets on a score plus its scaled squared distance from the average so far."
     most = (1 + np.sqrt(1 + k * k)) / 2
     if x.shape[1] == 1: return np.full(len(x), most)
     enough = -np.log(alpha) / x.shape[1]

@@ -66,7 +66,7 @@ def ed_score(
     return float(score[0]) if np.ndim(x) == 1 else score
 
 # %% ../nbs/2_bounds/07_metrics.ipynb #ca1f481d
-def _fixed_bounds(table, leaks, alpha, missing, binary):    # upper bounds per question for a number of draws fixed in advance
+def _fixed_bounds(table, leaks, alpha, missing, binary):    # per question, n fixed in advance
     return dict(rate_upper=binary_bound(leaks.sum(1), table.shape[1], alpha).value,
                 mean_upper=mean_bound(table, alpha, missing=missing, binary=binary).value,
                 std_upper=std_bound(table, alpha, missing=missing).value,
@@ -88,7 +88,7 @@ def leakage(
     binary: bool = False,       # the score is 0 or 1 by definition
 ) -> dict[str, np.ndarray]:     # column → (questions,)
     "Summary per question: leaks and their rate, mean, standard deviation, ED score, each with its bound."
-    table = as_scores(x, missing, anytime)
+    table = as_scores(x, missing, anytime, ordered=anytime)
     leaks = np.atleast_2d(np.asarray(leaked(x, leak_at)))
     filled = np.nan_to_num(table, nan=1)
     n = table.shape[1]
@@ -194,19 +194,27 @@ def leak_at_k_bound(
     what = f"the expected worst score of {k} answers"
     return Bound(value[0] if np.ndim(x) == 1 else value, alpha, "upper", method, n=n, quantity=what)
 
+# %% ../nbs/2_bounds/07_metrics.ipynb #71f99a73
+def beyond_one(
+    probabilities,              # (A,) of distinct answers
+) -> bool:                      # too far above 1 for rounding in double precision
+    "Do probabilities of distinct answers sum to more than 1, so that nothing is certain by them?"
+    return not np.sum(probabilities) <= 1 + 1e-6
+
 # %% ../nbs/2_bounds/07_metrics.ipynb #3871048a
 def seen_mass_bounds(
     probabilities,              # (A,) exact probabilities of distinct answers under the decoding used
     scores,                     # (A,) their scores in [0, 1]
-) -> Bound:                     # two-sided, alpha = 0
+) -> Bound:                     # two-sided, alpha = 0; from 0 to 1 where the probabilities sum to a little more than 1
     "Certain bounds on the mean score: sum p s <= E <= 1 - sum p (1 - s), over the answers seen."
     p, s = np.asarray(probabilities, float), as_scores(scores)[0]
-    if p.shape != s.shape or not (p >= 0).all() or not p.sum() <= 1 + 1e-6:
+    if p.shape != s.shape or not (p >= 0).all() or not p.sum() <= 1.05:
         raise ValueError("probabilities must be one nonnegative number per score with a sum of at most 1, "
                          f"got shape {p.shape}, sum {p.sum():.8g}")
-    low = p @ s
-    value = np.array([low, max(low, 1 - p @ (1 - s))])
-    return Bound(value, 0.0, "two-sided", "seen mass", n=len(p), sampling="distinct answers")
+    how = "seen mass"
+    low, high = p @ s, max(p @ s, 1 - p @ (1 - s))
+    if beyond_one(p): low, high, how = 0.0, 1.0, f"nothing certain: the probabilities seen sum to {p.sum():.6g}"
+    return Bound(np.array([low, high]), 0.0, "two-sided", how, n=len(p), sampling="distinct answers")
 
 # %% ../nbs/2_bounds/07_metrics.ipynb #2980b6f7
 def _check_pairs(name, texts):
@@ -330,7 +338,7 @@ def dataset_claims(
     check_alpha(alpha)
     if anytime and random_sample:
         raise ValueError("random_sample=True needs a number of draws fixed in advance, got anytime=True: leave one out")
-    table = as_scores(x, missing, anytime)
+    table = as_scores(x, missing, anytime, ordered=anytime)
     leaks = np.atleast_2d(np.asarray(leaked(x, leak_at)))
     counts, n = leaks.sum(1), leaks.shape[1]
     a = alpha / (4 + random_sample) if together else alpha

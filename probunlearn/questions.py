@@ -113,7 +113,7 @@ def _round_stake(x, goal, anytime):     # (1, n) one stake per round, from the r
 def _dealt_rows(x, alpha):              # questions in canonical order, each dealt evenly, from a place of its own
     rows = np.sort(x, 1) + 0.0
     rows = rows[np.lexsort(rows.T[::-1])]
-    starts = (first_place(alpha) + np.arange(len(rows)) * (5**0.5 - 1) / 2) % 1
+    starts = (first_place(alpha, x.shape[1]) + np.arange(len(rows)) * (5**0.5 - 1) / 2) % 1
     return np.array([row[even_order(x.shape[1], start)] for row, start in zip(rows, starts.tolist())])
 
 def _round_players(x, goal, caps, coin):    # functions of m: the log money of each player after each round
@@ -174,7 +174,7 @@ def pooled_mean(
 ) -> Bound:
     "Bound on the average score over a fixed set of questions (stratified betting; kl: Hoeffding 1963, theorem 1)."
     chosen("method", method, ["betting"] if anytime else ["betting", "kl"])
-    table = as_scores(x, missing, anytime)
+    table = as_scores(x, missing, anytime, ordered=anytime)
     exact = binary and method == "betting" and not anytime
     value = on_side(side, alpha, *_pooled_ends(table, method, anytime, exact))
     how = "pooled clopper-pearson" if exact else "stratified betting" if method == "betting" else "pooled kl"

@@ -23,7 +23,7 @@ from .checks import whole
 from .data import check_unique
 from .draws import draws_digest
 from .files import as_bytes, visible, write_together
-from .metrics import dataset_claims, diversity, leakage, seen_mass_bounds
+from .metrics import beyond_one, dataset_claims, diversity, leakage, seen_mass_bounds
 from .page import html_page, in_notebook, picture, prompt_of, way
 from .plots import method_board, score_density
 from .scores import check_score, is_binary, score_answers, score_draws, score_name
@@ -102,8 +102,9 @@ def certain_leak(
 ) -> tuple:             # (lower, upper) on P(leak), exact up to floating point
     "Bounds on a leak probability from the exact probabilities of the answers seen."
     if draws.logprobs is None: return 0., 1.
-    gives_away = leaked(score_answers(draws.answers, qa, score), leak_at)
-    low, high = seen_mass_bounds(np.exp(draws.logprobs), gives_away.astype(float)).value
+    p = np.exp(draws.logprobs)
+    if beyond_one(p): return 0., 1.
+    low, high = seen_mass_bounds(p, leaked(score_answers(draws.answers, qa, score), leak_at).astype(float)).value
     return low, high
 
 # %% ../nbs/4_reports/05_report.ipynb #d5d687a8
@@ -183,6 +184,10 @@ def _lost(report):
     draws, greedy = int(report.missing.sum()), int(report.greedy_missing.sum())
     if draws: yield f"{draws:,} draws are missing; every upper bound counts them as leaks."
     if greedy: yield f"{greedy:,} of {len(report.x):,} greedy answers are missing; they count as no leak seen."
+    odd = sum(d.logprobs is not None and beyond_one(np.exp(d.logprobs)) for d in report.forget.draws)
+    if odd:
+        yield (f"The probabilities of the distinct answers to {odd:,} of {len(report.x):,} questions sum to more than "
+               "1, so nothing is claimed for certain there.")
 
 # %% ../nbs/4_reports/05_report.ipynb #fb6056e9
 def _numbers(report):

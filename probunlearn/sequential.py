@@ -84,7 +84,7 @@ class RateSequence:
         leaks,                      # (draws,) or (questions, draws) which of the new draws leaked: 0 or 1
     ):                              # the sequence itself; ValueError unless 0 or 1, of the same questions as before
         "Take new draws."
-        new = as_scores(leaks, self.missing, anytime=True)
+        new = as_scores(leaks, self.missing, anytime=True, ordered=True)
         self._check(new, np.shape(leaks)[:-1])
         def total(table): return table.sum(1) if np.ndim(leaks) == 2 else table.sum()
         self.leaks = self.leaks + total(new == 1)
@@ -150,7 +150,7 @@ class MeanSequence:
         x,                          # (draws,) or (questions, draws) new scores in [0, 1], in the order they were drawn
     ):                              # the sequence itself; ValueError outside [0, 1], or for other questions than before
         "Take new draws."
-        new = as_scores(x, self.missing, anytime=True)
+        new = as_scores(x, self.missing, anytime=True, ordered=True)
         if self.x is not None and len(new) != len(self.x):
             raise ValueError(f"the draws so far are of {len(self.x)} questions, the new ones of {len(new)}")
         self.x = new if self.x is None else np.concatenate([self.x, new], 1)
@@ -218,7 +218,7 @@ def certify(
     missing: str = "error",         # "worst": NaN counts against the claim when it holds, and for it when it is refuted
 ) -> Verdict:                       # ValueError unless `x` is one question
     "Whether the claim holds, is refuted or is undecided after these draws, however often you ask (Ville 1939)."
-    table = as_scores(x, missing, anytime=True)
+    table = as_scores(x, missing, anytime=True, ordered=True)
     if len(table) != 1: raise ValueError(f"certify decides one question at a time, got {len(table)} rows")
     enough = _money(claim, x, table) >= -np.log(claim.alpha)
     if not enough.any(): return Verdict(claim, "undecided", table.shape[1])
@@ -277,7 +277,7 @@ class LookPlan:
         leaks,                      # (n,) which draws leaked so far, 0 or 1
     ) -> Verdict:                   # ValueError unless they are 0 or 1, of one question
         "Whether the draws so far certify the claim at a planned look."
-        x = as_scores(leaks, anytime=True)
+        x = as_scores(leaks, anytime=True, ordered=True)
         if len(x) != 1 or not ((x == 0) | (x == 1)).all():
             found = f"shape {x.shape} with values in [{x.min():g}, {x.max():g}]"
             raise ValueError(f"leaks must be 0 or 1 for one question, got {found}")

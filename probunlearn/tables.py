@@ -7,6 +7,7 @@ __all__ = ['scores_from_table', 'draws_from_table']
 
 # %% ../nbs/3_benchmarks/01_tables.ipynb #7abea531
 import numpy as np
+from .bounds import FileScores
 from .checks import chosen
 from .data import QA, as_text
 from .draws import draws_from_texts
@@ -140,7 +141,9 @@ def plain_table(
 # %% ../nbs/3_benchmarks/01_tables.ipynb #776c75d2
 def _counted(table):
     "The table with its draws counted in the file's order where it doesn't number them."
-    if table.draw.isna().any(): table["draw"] = table.groupby("question_id").cumcount()
+    if table.draw.isna().any():
+        table["draw"] = table.groupby("question_id").cumcount()
+        table.attrs["order"] = "file"           # not known to be that of the draws
     return table
 
 # %% ../nbs/3_benchmarks/01_tables.ipynb #92a0cde2
@@ -161,13 +164,13 @@ def _grid(table):
 def scores_from_table(
     table,              # one split or metric of a table that a reader made
     column: str,        # a score in [0, 1]
-) -> np.ndarray:        # (question, draw); NaN where missing
+) -> np.ndarray:        # (question, draw); NaN where missing; `FileScores` where the file doesn't number its draws
     "A column of a table as scores; ValueError for a draw that stands twice or an unknown column."
     if column not in table: raise ValueError(f"no column {column!r}; there are {', '.join(table)}")
     ids, row, draw, n = _grid(table)
     x = np.full((len(ids), n), np.nan)
     x[row, draw] = table[column].to_numpy(float, na_value=np.nan)
-    return x
+    return x.view(FileScores) if table.attrs.get("order") == "file" else x
 
 # %% ../nbs/3_benchmarks/01_tables.ipynb #ded83bdd
 def _facts(table):
