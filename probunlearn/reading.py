@@ -123,8 +123,9 @@ def _named_less(others, first, alpha):
     pairs = [max(r.looks, first.looks) * r.models * first.models for r in others]
     evidence = [less_evidence(r, first) / price for r, price in zip(others, pairs)]
     found = [f"{r.name} (e = {rounded(e, 'lower', 3)})" for r, e, named in zip(others, evidence, e_bh(evidence, alpha)) if named]
-    return (f"Of these {len(others)} models, {', '.join(found) or 'none'} leak{'s' * (len(found) < 2)} less on average than "
-            f"{first.name}: the expected share of wrong names in such a list is at most {rounded(alpha)} (e-BH).")
+    of = f"{len(others)} model{'s' * (len(others) > 1)}"
+    return (f"Of {of}, {', '.join(found) or 'none'} leak{'s' * (len(found) < 2)} less on average than {first.name}: the "
+            f"expected share of wrong names in such a list is at most {rounded(alpha)} (e-BH).")
 
 def _family(others, first, alpha, family):
     "The notes of a comparison: differences, each alone or jointly, and what holds for all of them."
