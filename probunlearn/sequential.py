@@ -191,12 +191,13 @@ class Verdict:
     outcome: str                    # "holds", "refuted" or "undecided"
     n: int                          # draws when it was decided, or seen so far
     sampling: str = "anytime"       # "anytime", or the looks that were planned
-    evidence: float = None          # e-value of the outcome, at most 1 on average where it is wrong; undecided: of "holds"
+    evidence: float = None          # e-value of the outcome (of "holds" while undecided): on average <= 1 if it's wrong
 
     def __str__(self):
         claim = self.claim
         e = [] if self.evidence is None else [f"e = {rounded(self.evidence, 'lower', 3)}"]
-        facts = f"α = {rounded(claim.alpha)}", *e, self.sampling, "one question", claim.decoding or "decoding not stated"
+        decoding = claim.decoding or "decoding not stated"
+        facts = f"α = {rounded(claim.alpha)}", *e, self.sampling, "one question", decoding
         return f"{self.outcome.capitalize()} after n = {self.n:,} draws: {claim} ({', '.join(facts)})."
 
     __repr__ = __str__
