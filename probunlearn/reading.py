@@ -127,7 +127,8 @@ def _named_less(others, first, alpha):
     found = [f"{r.name} (e = {rounded(e, 'lower', 3)})" for r, e, this in zip(others, evidence, named) if this]
     of = f"{len(others)} model{'s' * (len(others) > 1)}"
     who = f"{', '.join(found) or 'none'} leak{'s' * (len(found) < 2)}"
-    return (f"Of {of}, {who} less on average than {first.name}: the expected share of wrong names in such a list is at most {rounded(alpha)} (e-BH).")
+    return (f"Of {of}, {who} less on average than {first.name}: the expected share of wrong names in such a list is at "
+            f"most {rounded(alpha)} (e-BH).")
 
 def _family(others, first, alpha, family):
     "The notes of a comparison: differences, each alone or jointly, and what holds for all of them."

@@ -83,7 +83,7 @@ def test_a_board_says_what_its_claims_cost_together():
     assert "these 3 claims stands for itself: that some of them is wrong has probability at most 0.03." in alone.notes[-1]
     assert len(joint.notes) == 3 and all("jointly for 3 models" in note and "α = 0.01" in note for note in joint.notes)
     assert "Of 3 models, npo (e = " in listed.notes[-1] and "same" not in listed.notes[-1]
-    assert "at most 0.01 (e-BH)" in listed.notes[-1]
+    assert "at most 0.01 (e-BH)." in listed.notes[-1]
     width = [np.diff([float(v) for v in b.notes[0].split("between ")[1].split(" with")[0].split(" and ")])[0] for b in (alone, joint)]
     assert width[0] < width[1]
     assert len(versus([first, others[0]]).notes) == 1                       # one claim needs no such word
