@@ -236,7 +236,7 @@ def evaluate(
     looks=None,                         # n's that will be reported on, planned before: [512, 2048]; how many; or "anytime"
     shard: tuple = None,                # (i, N): draw the i-th of N parts; None: torchrun's, else everything
     control=None,                       # a model that can't know the answers: claims are stated net of it, too
-    progress=True,                      # False is silent; "bar" leaves out how the model is asked, which was said before
+    progress=True,                      # False is silent; "bar": how the model is asked was said before
 ) -> Report:                            # None while others still draw
     "Draw answers, score them, bound what leaks; ValueError before any work on bad settings or another run in `out`."
     _check_ranks(model, shard)

@@ -13,7 +13,7 @@ from .bounds import Bound, as_scores, binary_bound, check_counts, draws_each, le
 from .questions import pooled_rate
 
 # %% ../nbs/2_bounds/08_judged.ipynb #3b6ff53e
-def _rate(count, lost, n, alpha, *, side, quantity, kind):   # a failure may be a success in an upper end, never in a lower one
+def _rate(count, lost, n, alpha, *, side, quantity, kind):  # a failure may be a success in an upper end only
     def end(count, a, side): return float(binary_bound(count, n, a, side)) if n else float(side == "upper")
     value = on_side(side, alpha, lambda a: end(count + lost, a, "upper"), lambda a: end(count, a, "lower"))
     return Bound(value, alpha, side, "clopper-pearson", n=n, quantity=quantity,

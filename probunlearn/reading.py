@@ -57,7 +57,8 @@ def _provenance(run, n, forget, retain):
     looks = sorted({(entry["n"], entry["questions"]) for entry in run.looks})
     counts = dict(n=n, questions=len(forget.qas), retain_questions=len(retain.qas) if retain else 0)
     if retain: counts["n_retain"] = retain.draws[0].n
-    return run.settings | counts | dict(planned_looks=run.planned, looks=looks, ledger=list(run.looks), versions=run.made)
+    who = dict(planned_looks=run.planned, looks=looks, ledger=list(run.looks))
+    return run.settings | counts | who | dict(versions=run.made)
 
 # %% ../nbs/4_reports/06_reading.ipynb #3184dff7
 def report_run(
@@ -107,7 +108,7 @@ def _ways(*reports):
     return "; ".join(f"{report.name}: {way}" for report, way in zip(reports, ways))
 
 def _difference(report, first, alpha, among=1):
-    "What can be claimed about the average leak probability of one model minus that of another, of `among` pairs jointly."
+    "What can be claimed about the average leak probability of one model minus that of another, for `among` pairs."
     of = [np.where(each.missing, np.nan, each.leaks) for each in (report, first)]
     looks, pairs = max(report.looks, first.looks), report.models * first.models     # all that could have been compared
     own = all(d.run for each in (report, first) for d in each.forget.draws)         # drawn here: i is the stream's number
@@ -150,9 +151,12 @@ def _named_less(others, first, alpha):
     "Which models leak less than the first, in one sentence; the draws of one that was chosen pay for the choice."
     pairs = [max(r.looks, first.looks) * r.models * first.models for r in others]
     evidence = [less_evidence(r, first) / price for r, price in zip(others, pairs)]
-    found = [f"{r.name} (e = {rounded(e, 'lower', 3)})" for r, e, named in zip(others, evidence, e_bh(evidence, alpha)) if named]
-    return (f"Of these {len(others)} models, {', '.join(found) or 'none'} leak{'s' * (len(found) < 2)} less on average than "
-            f"{first.name}: the expected share of wrong names in such a list is at most {rounded(alpha)} (e-BH).")
+    named = e_bh(evidence, alpha)
+    found = [f"{r.name} (e = {rounded(e, 'lower', 3)})" for r, e, this in zip(others, evidence, named) if this]
+    of = f"{len(others)} model{'s' * (len(others) > 1)}"
+    who = f"{', '.join(found) or 'none'} leak{'s' * (len(found) < 2)}"
+    return (f"Of {of}, {who} less on average than {first.name}: the expected share of wrong names in such a list is at "
+            f"most {rounded(alpha)} (e-BH).")
 
 def _family(others, first, alpha, family):
     "The notes of a comparison: differences, each alone or jointly, and what holds for all of them."
@@ -161,8 +165,8 @@ def _family(others, first, alpha, family):
     if family == "fdr": return [*notes, _named_less(others, first, alpha)]
     if len(others) < 2 or family == "fwer": return notes
     total = rounded(min(1, float(f"{alpha * len(others):.12g}")))
-    return [*notes, f"Each of these {len(others)} claims stands for itself: that some of them is wrong has probability at "
-            f"most {total}. family='fwer' makes them hold jointly, family='fdr' names the models that leak less."]
+    return [*notes, f"Each of these {len(others)} claims stands for itself: that some of them is wrong has probability "
+            f"at most {total}. family='fwer' makes them hold jointly, family='fdr' names the models that leak less."]
 
 # %% ../nbs/4_reports/06_reading.ipynb #2e123c75
 def versus(

@@ -191,10 +191,13 @@ class Verdict:
     outcome: str                    # "holds", "refuted" or "undecided"
     n: int                          # draws when it was decided, or seen so far
     sampling: str = "anytime"       # "anytime", or the looks that were planned
+    evidence: float = None          # e-value of the outcome (of "holds" while undecided): on average <= 1 if it's wrong
 
     def __str__(self):
         claim = self.claim
-        facts = f"α = {rounded(claim.alpha)}", self.sampling, "one question", claim.decoding or "decoding not stated"
+        e = [] if self.evidence is None else [f"e = {rounded(self.evidence, 'lower', 3)}"]
+        decoding = claim.decoding or "decoding not stated"
+        facts = f"α = {rounded(claim.alpha)}", *e, self.sampling, "one question", decoding
         return f"{self.outcome.capitalize()} after n = {self.n:,} draws: {claim} ({', '.join(facts)})."
 
     __repr__ = __str__
@@ -211,6 +214,9 @@ def _money(claim, x, table):        # log of the money for and against the claim
     seen = leaks & ~np.isnan(table[0])
     return np.array([rate_evidence(np.cumsum(leaks), t, tau, "below"), rate_evidence(np.cumsum(seen), t, tau, "above")])
 
+def _e_value(log_money):            # the capital itself, which is evidence whenever one stops (Ville 1939)
+    return float(np.exp(min(log_money, 700)))
+
 def certify(
     claim: Claim,
     x,                              # (n,) scores of one question so far, in the order they were drawn
@@ -220,10 +226,12 @@ def certify(
     "Whether the claim holds, is refuted or is undecided after these draws, however often you ask (Ville 1939)."
     table = as_scores(x, missing, anytime=True, ordered=True)
     if len(table) != 1: raise ValueError(f"certify decides one question at a time, got {len(table)} rows")
-    enough = _money(claim, x, table) >= -np.log(claim.alpha)
-    if not enough.any(): return Verdict(claim, "undecided", table.shape[1])
+    money = _money(claim, x, table)
+    enough = money >= -np.log(claim.alpha)
+    if not enough.any(): return Verdict(claim, "undecided", table.shape[1], evidence=_e_value(money[0, -1]))
     first = int(enough.any(0).argmax())
-    return Verdict(claim, "holds" if enough[0, first] else "refuted", first + 1)
+    row, outcome = (0, "holds") if enough[0, first] else (1, "refuted")
+    return Verdict(claim, outcome, first + 1, evidence=_e_value(money[row, first]))
 
 # %% ../nbs/2_bounds/04_sequential.ipynb #d0aed148
 def sample_until(

@@ -45,7 +45,7 @@ def silence(
 
 # %% ../nbs/4_reports/03_statement.ipynb #1bfa82d8
 def _known_alpha(report):
-    "α of this report's claims, and of the same claims in all reports that are known, together; planned looks share one."
+    "α of this report's claims and of the same claims in all that are known, together; planned looks share one."
     own = report.alpha * report.models
     total = max(own * report.looks, own + sum(there["alpha"] for there in report.known))
     return min(1.0, float(f"{total:.12g}"))         # 0.01 six times is 0.06, whatever floating point makes of it
@@ -82,10 +82,10 @@ def _others(report):
     "What this report and those before it cost together, in words."
     listed, total = _listed(report.known), f"with probability at most {rounded(_known_alpha(report))}"
     if all(_same_draws(report, there) for there in report.known):
-        return (f"These draws were reported on before ({listed}): an earlier claim and the same claim here are wrong, one or "
-                f"the other, {total}. A plan of looks before the first report shares one α.")
-    return (f"{len(report.known) + 1:,} reports on this model, these questions and this decoding are known, this one and: "
-            f"{listed}. Each claim stands for itself; one that was picked among these reports is wrong {total}.")
+        return (f"These draws were reported on before ({listed}): an earlier claim and the same claim here are wrong, "
+                f"one or the other, {total}. A plan of looks before the first report shares one α.")
+    return (f"{len(report.known) + 1:,} reports on this model, these questions and this decoding are known, this one "
+            f"and: {listed}. Each claim stands for itself; one that was picked among these reports is wrong {total}.")
 
 def ledger(
     report,
