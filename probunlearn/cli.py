@@ -185,6 +185,12 @@ def _print_silent(report):
     print(f"• {counts[:, -1].sum():,} of {report.x.size:,} draws choose no option, which counts as no leak")
 
 # %% ../nbs/9_together/06_cli.ipynb #8bd1d895
+def _control(command, template, rule):
+    "The control, asked as the model is; None without one."
+    if not command.control: return None
+    control = _model(command.control, template, rule=rule)
+    return _listing(command, control) if command.score == "right_letter" else control
+
 def _evaluate(command):
     "What can be known to be wrong, what it costs, the draws, the report."
     template = _template(command.prompt, system=command.system)
@@ -196,7 +202,9 @@ def _evaluate(command):
     _announce(asked)
     print(f"cost: {run_cost(asked, qas, how['n'], decoding=how['decoding'], retain=kept)}", flush=True)
     if letters: _print_options(command, model, qas)
-    report = evaluate(asked, qas, out=out, retain=kept, name=command.name or command.model, progress="bar", **how)
+    control = _control(command, template, rule)
+    report = evaluate(asked, qas, out=out, retain=kept, name=command.name or command.model, progress="bar",
+                      control=control, **how)
     if report is None: return
     report.how["command"] = as_command("evaluate", command)
     print("\n".join(f"• {claim}" for claim in report.claims))
@@ -250,6 +258,8 @@ class Evaluate:
     "part of the questions to draw here, e.g. 0/4; under torchrun each process takes its own"
     name: str = None
     "the model's name in the report; default: --model"
+    control: str = None
+    "folder or hub id of a model that can't know the answers: what leaks is stated net of it, too"
 
     def run(self): _evaluate(self)
 

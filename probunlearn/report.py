@@ -17,7 +17,7 @@ import numpy as np
 
 # %% ../nbs/4_reports/05_report.ipynb #35d01af1
 from . import __version__
-from .bounds import binary_bound, confidence, leaked
+from .bounds import Bound, binary_bound, confidence, leaked
 from .chance import chance_claims, echo, net_rate
 from .checks import whole
 from .data import check_unique
@@ -26,6 +26,7 @@ from .files import as_bytes, visible, write_together
 from .metrics import beyond_one, dataset_claims, diversity, leakage, seen_mass_bounds
 from .page import html_page, in_notebook, picture, prompt_of, way
 from .plots import method_board, score_density
+from .questions import certified, worst_question
 from .scores import check_score, is_binary, score_answers, score_draws, score_name
 from .sequential import RateSequence, looked
 from .statement import board_body, board_card, board_lead, card, lead, ledger, one_of_several
@@ -127,7 +128,16 @@ def _beyond(report):
 def _claims(report):
     "The guaranteed statements by name, before they are paid for."
     how = dict(leak_at=report.leak_at, missing="worst", anytime=report.anytime, binary=is_binary(report.score))
-    return dataset_claims(report.x, alpha=report.alpha, **how)
+    return dataset_claims(report.x, alpha=report.alpha, **how) | _at_least(report)
+
+def _at_least(report):
+    "How bad it is at least: how many questions surely leak more than once in 100, and the worst of them."
+    leaks, n, sampling = report.leaks.sum(1), report.x.shape[1], "anytime" if report.anytime else "fixed-n"
+    count = int(certified(leaks, n, .01, report.alpha, "lower", anytime=report.anytime).sum())
+    many = Bound(count, report.alpha, "lower", "holm", n=n, scope="all listed questions jointly", sampling=sampling,
+                 quantity=f"the number of questions (of {len(leaks)}) that leak with probability above 0.01")
+    worst = worst_question(leaks, n, report.alpha, "lower", anytime=report.anytime)
+    return {"leaking questions": many, "worst question, at least": worst}
 
 def _bounds(report):
     "The guaranteed statements by name, paid for, with their whole scope."
