@@ -174,10 +174,11 @@ def _chosen(draws, index):
 # %% ../nbs/1_records/04_draws.ipynb #ce2defd3
 def _check_alike(first, more):
     "ValueError unless two parts were drawn alike, and know the same kind of things."
-    for name in ("id", "decoding", "seed", "run", "source"):
+    both = first.answers and more.answers           # how draws were made is known where there are some
+    for name in ("id", "seed", "run", "source", *["decoding"] * bool(both)):
         a, b = getattr(first, name), getattr(more, name)
         if a != b: raise ValueError(f"only draws of one run can be joined; their {name} is {a!r} and {b!r}")
-    if not first.answers or not more.answers: return
+    if not both: return
     lacking = [name for name in _BY_ANSWER if (getattr(first, name) is None) != (getattr(more, name) is None)]
     if lacking:
         raise ValueError(f"only draws of one kind can be joined: {', '.join(lacking)} is known for one part only")
@@ -209,7 +210,8 @@ def join_draws(
     lost = {start + i: why for i, why in more.lost.items()} | first.lost
     index[[i for i in first.lost]] = -1
     lost = {i: why for i, why in lost.items() if index[i] < 0}
-    whole = replace(first, index=index, lost=lost, prompt=first.prompt or more.prompt,
+    decoding = first.decoding if first.answers or not more.answers else more.decoding
+    whole = replace(first, index=index, lost=lost, prompt=first.prompt or more.prompt, decoding=decoding,
                     **{name: _both(first, more, name, fresh) for name in _BY_ANSWER})
     return _chosen(whole, whole.index)
 

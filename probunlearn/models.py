@@ -27,7 +27,7 @@ from .weights import sharded, write_weights
 
 # %% ../nbs/5_models/06_models.ipynb #40ede19b
 class Model(Protocol):
-    "Whoever answers: a `LocalModel`, an `Endpoint`, or an object of your own with these names."
+    "Whoever answers: a `LocalModel`, a `Vllm`, an `Endpoint`, or an object of your own with these names."
     name: str           # what tables call it
     asked: str          # how it is prompted, in words; every claim says them
     identity: dict      # plain values: all that shapes a draw but the question, the decoding and the seed

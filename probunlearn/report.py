@@ -45,11 +45,15 @@ def _check_ids(asked):
             came = d.answers or d.lost if name == "draws" else d.n
             if not came: raise ValueError(f"{name}: there is no answer to question {d.id!r}")
 
+def _first(asked):
+    "The draws of the first question with answers: what is lost tells less of how it was drawn."
+    return next((d for d in asked.draws if d.answers), asked.draws[0])
+
 def _check_one_way(asked):
     "ValueError unless all were asked alike, and the draws were drawn alike."
-    first = asked.draws[0]
+    first = _first(asked)
     for d in asked.draws:
-        if d.decoding != first.decoding:
+        if d.answers and d.decoding != first.decoding:
             raise ValueError(f"a claim names one decoding, but {first.id!r} was drawn at {first.decoding}, {d.id!r} at "
                              f"{d.decoding}: make a report for each decoding")
     for d in [*asked.draws, *asked.greedy]:
@@ -74,12 +78,12 @@ class Asked:
     @property
     def prompt(self):
         "How the questions were asked, in words; empty when unknown."
-        return prompt_of(self.draws[0])
+        return prompt_of(_first(self))
 
     @property
     def way(self):
         "How the draws were made, in words: the decoding and, where known, the prompt."
-        return way(self.draws[0])
+        return way(_first(self))
 
     def scores(self, score):
         "Scores of the draws (question, draw)."

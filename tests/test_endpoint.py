@@ -464,6 +464,20 @@ def test_what_the_server_refuses_is_left_to_it_and_said(script, reply, tmp_path)
     assert read_run(tmp_path).settings["sent"]["min_p"] == 0 and read_run(tmp_path).settings["left"] == []
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_draws_that_were_lost_before_a_field_was_refused_join_the_others(script, tmp_path):
+    "A server that is out of order, and strict when it is back; what was lost stays lost."
+    broken = [True]
+    refuse = strict("top_k")
+    server = script(lambda body, *_: (500, "boom") if broken else refuse(body))
+    endpoint = server.endpoint(per_request=4, workers=1)
+    with pytest.raises(ConnectionError): evaluate(endpoint, ONE, 8, out=tmp_path, progress=False)
+    broken.clear()
+    report = evaluate(endpoint, ONE, 8, out=tmp_path, progress=False)
+    assert report.missing.tolist() == [[True] * 4 + [False] * 4]
+    assert all("top_k left to the server" in str(bound) for bound in report.bounds.values())
+
+
 def test_a_server_that_means_minus_one_by_no_top_k(script):
     "SGLang refuses 0."
     def reply(body, *_):
