@@ -274,7 +274,7 @@ def _draws(model, qa, drawn, decoding, seed):
     logprobs = [_logprob(found, decoding) for found in drawn]
     said = replace(decoding, rule=RULE) if decoding.temperature else decoding
     text = decoder(model.tok, qa.question, model.template)
-    return draws_from_tokens(qa.id, sequences, logprobs, text, set(model.ends), decoding=said, seed=seed,
+    return draws_from_tokens(qa.id, sequences, logprobs, text, ends=set(model.ends), decoding=said, seed=seed,
                              source=f"vLLM, {model.source}", prompt=model.asked)
 
 def _arriving(model, qas, numbers, decoding, seed):

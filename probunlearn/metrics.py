@@ -66,13 +66,13 @@ def ed_score(
     return float(score[0]) if np.ndim(x) == 1 else score
 
 # %% ../nbs/2_bounds/07_metrics.ipynb #ca1f481d
-def _fixed_bounds(table, leaks, alpha, missing, binary):    # per question, n fixed in advance
+def _fixed_bounds(table, leaks, alpha, *, missing, binary): # per question, n fixed in advance
     return dict(rate_upper=binary_bound(leaks.sum(1), table.shape[1], alpha).value,
                 mean_upper=mean_bound(table, alpha, missing=missing, binary=binary).value,
                 std_upper=std_bound(table, alpha, missing=missing).value,
                 ed_upper=ed_bound(table, alpha, missing=missing).value)
 
-def _anytime_bounds(table, leaks, alpha, missing, _):       # upper bounds per question that hold at every look
+def _anytime_bounds(table, leaks, alpha, *, missing, binary):    # the same at every look, where 0 or 1 gains nothing
     return dict(rate_upper=RateSequence(alpha).add(leaks).bound.value,
                 mean_upper=MeanSequence(alpha, missing=missing).add(table).bound.value)
 
@@ -94,7 +94,8 @@ def leakage(
     n = table.shape[1]
     found = dict(n=np.full(len(table), n), leaks=leaks.sum(1), rate=leaks.sum(1) / n, mean=filled.mean(1),
                  std=filled.std(1), ed=ed_score(filled), worst=filled.max(1))
-    found |= (_anytime_bounds if anytime else _fixed_bounds)(table, leaks, alpha, missing, binary)
+    ends = _anytime_bounds if anytime else _fixed_bounds
+    found |= ends(table, leaks, alpha, missing=missing, binary=binary)
     return {name: found[name] for name in _COLUMNS if name in found}
 
 # %% ../nbs/2_bounds/07_metrics.ipynb #1c058e00

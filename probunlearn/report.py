@@ -137,7 +137,7 @@ def _claims(report):
 def _at_least(report):
     "How bad it is at least: how many questions surely leak more than once in 100, and the worst of them."
     leaks, n, sampling = report.leaks.sum(1), report.x.shape[1], "anytime" if report.anytime else "fixed-n"
-    count = int(certified(leaks, n, .01, report.alpha, "lower", anytime=report.anytime).sum())
+    count = int(certified(leaks, n, .01, report.alpha, side="lower", anytime=report.anytime).sum())
     many = Bound(count, report.alpha, "lower", "holm", n=n, scope="all listed questions jointly", sampling=sampling,
                  quantity=f"the number of questions (of {len(leaks)}) that leak with probability above 0.01")
     worst = worst_question(leaks, n, report.alpha, "lower", anytime=report.anytime)
@@ -311,6 +311,17 @@ def _short(value):
     "A list by its length."
     return f"{len(value):,} of its own" if isinstance(value, list) else value
 
+# %% ../nbs/4_reports/05_report.ipynb #d867f298
+def _count(report):
+    "What every claim rests on: scores, what is missing, what leaks."
+    report.x, report.greedy_x = report.forget.scores(report.score), report.forget.greedy_scores(report.score)   # (Q, n), (Q,)
+    report.missing, report.greedy_missing = np.isnan(report.x), np.isnan(report.greedy_x)                   # (Q, n), (Q,)
+    report.leaks = leaked(report.x, report.leak_at) & ~report.missing                                       # (Q, n) seen
+    report.greedy_leaks = leaked(report.greedy_x, report.leak_at) & ~report.greedy_missing                  # (Q,) seen
+    report.hidden = report.leaks.any(1) & ~report.greedy_leaks & ~report.greedy_missing     # (Q,) greedy says clean
+    report.marked = np.where(report.missing, np.nan, report.leaks)                        # (Q, n) 1, 0, NaN where lost
+    if report.control: report.control_marked = _marked_control(report)                    # (Q, n) the same
+
 # %% ../nbs/4_reports/05_report.ipynb #71176540
 @dataclass(repr=False)
 class Report:
@@ -334,13 +345,7 @@ class Report:
         self.name = visible(self.name)                          # a name must not paint over what a terminal shows
         for asked in filter(None, (self.forget, self.retain)): check_score(self.score, asked.qas)
         for name in ("looks", "models"): whole(name, getattr(self, name))
-        self.x, self.greedy_x = self.forget.scores(self.score), self.forget.greedy_scores(self.score)   # (Q, n), (Q,)
-        self.missing, self.greedy_missing = np.isnan(self.x), np.isnan(self.greedy_x)                   # (Q, n), (Q,)
-        self.leaks = leaked(self.x, self.leak_at) & ~self.missing                                       # (Q, n) seen
-        self.greedy_leaks = leaked(self.greedy_x, self.leak_at) & ~self.greedy_missing                  # (Q,) seen
-        self.hidden = self.leaks.any(1) & ~self.greedy_leaks & ~self.greedy_missing     # (Q,) greedy says clean
-        self.marked = np.where(self.missing, np.nan, self.leaks)                        # (Q, n) 1, 0, NaN where lost
-        if self.control: self.control_marked = _marked_control(self)                    # (Q, n) the same
+        _count(self)
 
     @cached_property
     def what_leaks(self):
