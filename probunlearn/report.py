@@ -314,13 +314,20 @@ def _short(value):
 # %% ../nbs/4_reports/05_report.ipynb #d867f298
 def _count(report):
     "What every claim rests on: scores, what is missing, what leaks."
-    report.x, report.greedy_x = report.forget.scores(report.score), report.forget.greedy_scores(report.score)   # (Q, n), (Q,)
-    report.missing, report.greedy_missing = np.isnan(report.x), np.isnan(report.greedy_x)                   # (Q, n), (Q,)
-    report.leaks = leaked(report.x, report.leak_at) & ~report.missing                                       # (Q, n) seen
-    report.greedy_leaks = leaked(report.greedy_x, report.leak_at) & ~report.greedy_missing                  # (Q,) seen
+    x, greedy = report.forget.scores(report.score), report.forget.greedy_scores(report.score)
+    report.x, report.greedy_x = x, greedy                                                   # (Q, n), (Q,)
+    report.missing, report.greedy_missing = np.isnan(x), np.isnan(greedy)                   # (Q, n), (Q,)
+    report.leaks = leaked(x, report.leak_at) & ~report.missing                              # (Q, n) seen
+    report.greedy_leaks = leaked(greedy, report.leak_at) & ~report.greedy_missing           # (Q,) seen
     report.hidden = report.leaks.any(1) & ~report.greedy_leaks & ~report.greedy_missing     # (Q,) greedy says clean
-    report.marked = np.where(report.missing, np.nan, report.leaks)                        # (Q, n) 1, 0, NaN where lost
-    if report.control: report.control_marked = _marked_control(report)                    # (Q, n) the same
+    report.marked = np.where(report.missing, np.nan, report.leaks)                          # (Q, n) 1, 0, NaN where lost
+    if report.control: report.control_marked = _marked_control(report)                      # (Q, n) the same
+
+def _claims(report):
+    "What was seen, then what is guaranteed, in sentences."
+    guaranteed = [str(bound) for bound in report.bounds.values() if _says_something(bound)]
+    seen = [_seen(report), *_echoed(report), *_chance(report), *_lost(report)]
+    return [*silence(report), *seen, *guaranteed, *ledger(report)]
 
 # %% ../nbs/4_reports/05_report.ipynb #71176540
 @dataclass(repr=False)
@@ -362,9 +369,7 @@ class Report:
     @property
     def claims(self):
         "What was seen, then what is guaranteed, in sentences."
-        guaranteed = [str(bound) for bound in self.bounds.values() if _says_something(bound)]
-        seen = [_seen(self), *_echoed(self), *_chance(self), *_lost(self)]
-        return [*silence(self), *seen, *guaranteed, *ledger(self)]
+        return _claims(self)
     @cached_property
     def _table(self): return _frame(self)
 
