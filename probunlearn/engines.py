@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Vllm']
 
-# %% ../nbs/5_models/08_engines.ipynb #8c0651bb
+# %% ../nbs/5_models/08_engines.ipynb #874e4fd4
 from dataclasses import asdict, replace
 from functools import reduce
 from importlib.metadata import version
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-# %% ../nbs/5_models/08_engines.ipynb #506fa7bd
+# %% ../nbs/5_models/08_engines.ipynb #18c7089b
 from .checks import whole
 from .data import Template, check_unique, decoder, encode_prompt
 from .draws import Decoding, draws_from_tokens, fingerprint, join_draws, prompt_words
@@ -26,7 +26,7 @@ from .runs import known_logprobs
 from .models import _template_beside, own_template
 from .weights import _PLACE, check_source, _checked_config, _tokenizer, adapter_base, beside
 
-# %% ../nbs/5_models/08_engines.ipynb #4eae3803
+# %% ../nbs/5_models/08_engines.ipynb #00f447fb
 def _mixed(x):
     "A permutation of the 32-bit numbers (the finaliser of MurmurHash3)."
     x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
@@ -44,7 +44,7 @@ def draw_seeds(
     high, a, b = key >> 65, (key >> 32) % 2**32, key % 2**32
     return [high << 32 | _mixed(_mixed(i ^ a) ^ b) for i in range(start, stop)]
 
-# %% ../nbs/5_models/08_engines.ipynb #6bfff223
+# %% ../nbs/5_models/08_engines.ipynb #3a3adc54
 def _params(vllm, decoding, seed, ends):
     "How one draw is asked for, in vLLM's words."
     return vllm.SamplingParams(
@@ -58,7 +58,7 @@ def _refuse_rules(rule):
         raise ValueError(f"vLLM draws at one temperature, and {str(rule)!r} moves it while an answer grows: "
                          "ask a model in this process, load_model(folder)")
 
-# %% ../nbs/5_models/08_engines.ipynb #68c13818
+# %% ../nbs/5_models/08_engines.ipynb #8cf07d8e
 _NEUTRAL = dict(temperature=1, top_k=0, top_p=1, min_p=0, repetition_penalty=1, typical_p=1, min_new_tokens=0,
                 no_repeat_ngram_size=0)
 
@@ -82,7 +82,7 @@ def _ends(settings, config, tok):
         raise ValueError("the model has no end-of-text token: set tok.eos_token, or answers never end")
     return sorted(found - {None})
 
-# %% ../nbs/5_models/08_engines.ipynb #dcd2cdab
+# %% ../nbs/5_models/08_engines.ipynb #f8c5b9e4
 # vLLM's options that change where and how fast it computes, and not what
 _RESOURCES = ("tensor_parallel_size", "data_parallel_size", "pipeline_parallel_size", "distributed_executor_backend",
               "gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "max_num_seqs", "enforce_eager",
@@ -116,7 +116,7 @@ def _identity(model):
         prompt=model.template.texts(tok, "{question}")[0],
     )
 
-# %% ../nbs/5_models/08_engines.ipynb #04971166
+# %% ../nbs/5_models/08_engines.ipynb #9031740c
 def _check_folder(source, place):
     "FileNotFoundError for a path that leads nowhere, ValueError for what isn't a folder or hub id of whole weights."
     check_source(source, place.get("subfolder", ""))
@@ -140,7 +140,7 @@ def _started(source, options):
     if not torch.cuda.is_available(): ours["enable_chunked_prefill"] = False
     return vllm, vllm.LLM(model=str(source), **ours | options)
 
-# %% ../nbs/5_models/08_engines.ipynb #be15278e
+# %% ../nbs/5_models/08_engines.ipynb #bca14ff5
 def _opened(source, options):
     "What vLLM is started with, and vLLM: the fields of a `Vllm` but how it is asked."
     place = {key: value for key, value in options.items() if key in _PLACE}
@@ -156,7 +156,7 @@ def _opened(source, options):
     return dict(tok=tok, ends=_ends(settings, config, tok), files=files, vllm=vllm, engine=engine, options=options,
                 template=_template_beside(source, place) or own_template(tok))
 
-# %% ../nbs/5_models/08_engines.ipynb #bf727f52
+# %% ../nbs/5_models/08_engines.ipynb #d4415adf
 class Vllm:
     "A model that vLLM runs, as a `Model`. ImportError without vLLM, ValueError for what it can't be asked."
     spreads_itself = True       # over devices and machines by vLLM's own options, not by the ranks of a torchrun
@@ -216,7 +216,7 @@ class Vllm:
 
     def __repr__(self): return f"{self.name} in vLLM {self.vllm.__version__}, {self.asked}"
 
-# %% ../nbs/5_models/08_engines.ipynb #5f57ed96
+# %% ../nbs/5_models/08_engines.ipynb #f7a545a9
 def _batches(qas, numbers, size):
     "Batches of (question, numbers of its draws), each with at most `size` draws."
     batch, room = [], size
@@ -230,7 +230,7 @@ def _batches(qas, numbers, size):
                 batch, room = [], size
     if batch: yield batch
 
-# %% ../nbs/5_models/08_engines.ipynb #f9af9b6e
+# %% ../nbs/5_models/08_engines.ipynb #cee02fd4
 def _prompts(model, qas, decoding):
     "The prompt of each question, as token ids; ValueError on a rule, duplicate ids, or no room for an answer."
     _refuse_rules(decoding.rule)
@@ -258,7 +258,7 @@ def _asked(model, batch, decoding, seed):
         drawn = [next(outputs).outputs[0] for _ in numbers]
         yield qa, numbers, _draws(model, qa, drawn, decoding, seed=seed)
 
-# %% ../nbs/5_models/08_engines.ipynb #af4afaf5
+# %% ../nbs/5_models/08_engines.ipynb #76574fab
 RULE = "drawn by vLLM: a seed repeats a draw up to rounding"
 
 def _logprob(found, decoding):
