@@ -20,8 +20,8 @@ def rouge_b(rng, size): return (np.round(rng.normal(.45, .04, size) * 37) / 37).
 
 # name -> (draw, whether the score is 0 or 1 by definition)
 LAWS = {"zeros": (lambda rng, size: np.zeros(size), True), "coin .003": (coin(.003), True),
-        "coin .02": (coin(.02), True), "coin .3": (coin(.3), True), "99 % zeros": (mostly_zero(.99), False),
-        "90 % zeros": (mostly_zero(.9), False),
+        "coin .02": (coin(.02), True), "coin .3": (coin(.3), True),
+        "99 % zeros": (mostly_zero(.99), False), "90 % zeros": (mostly_zero(.9), False),
         "ROUGE-A": (rouge_a, False), "ROUGE-B": (rouge_b, False),
         "Beta(2, 8)": (lambda rng, size: rng.beta(2, 8, size), False),
         "uniform": (lambda rng, size: rng.random(size), False)}

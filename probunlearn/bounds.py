@@ -118,8 +118,8 @@ def check_ordered(
     rows = x if isinstance(x, (list, tuple)) else [x]
     if any(isinstance(row, FileScores) for row in rows):
         raise ValueError("these scores come from a table that doesn't number its draws, so nobody knows their order, "
-                         "and what may stop at any time bets in the order of drawing: add a column with the number of each "
-                         "draw, or use a bound for a fixed number of draws, which needs no order")
+                         "and what may stop at any time bets in the order of drawing: add a column with the number of "
+                         "each draw, or use a bound for a fixed number of draws, which needs no order")
 
 def check_fixed(
     x,                                  # scores, or counts of leaks
