@@ -323,7 +323,7 @@ def _count(report):
     report.marked = np.where(report.missing, np.nan, report.leaks)                          # (Q, n) 1, 0, NaN where lost
     if report.control: report.control_marked = _marked_control(report)                      # (Q, n) the same
 
-def _claims(report):
+def _sentences(report):
     "What was seen, then what is guaranteed, in sentences."
     guaranteed = [str(bound) for bound in report.bounds.values() if _says_something(bound)]
     seen = [_seen(report), *_echoed(report), *_chance(report), *_lost(report)]
@@ -369,7 +369,7 @@ class Report:
     @property
     def claims(self):
         "What was seen, then what is guaranteed, in sentences."
-        return _claims(self)
+        return _sentences(self)
     @cached_property
     def _table(self): return _frame(self)
 
