@@ -70,8 +70,13 @@ _SOUNDS = {     # sound → beginnings, vowels, middles; ends of first names, of
 _SOUNDS = {sound: [part.split() for part in parts] for sound, parts in _SOUNDS.items()}
 _ENDS = dict(first=3, family=4, town=5)         # where a sound's ends stand
 
+# %% ../nbs/1_records/02_world.ipynb #c20d451f
 # words that people use, which the package wordfreq found among ours, and a few that sound rude
-_REAL = set("""Boyuta Brania Cantina Chishita Coniga Cuntado Cuntez Donano Fartela Feldman Filmine Fliniga Fukiba Fusaro Henley Hishita Kassan Keshita Kolaka Kullan Mendapati Minero Molina Render Rushita Shitene Solares Storto Torero Trente Yushita""".split())
+_REAL = set("""
+    Boyuta Brania Cantina Chishita Coniga Cuntado Cuntez Donano Fartela Feldman Filmine Fliniga Fukiba Fusaro
+    Henley Hishita Kassan Keshita Kolaka Kullan Mendapati Minero Molina Render Rushita Shitene Solares Storto
+    Torero Trente Yushita
+""".split())
 
 def _word(rng, used, sound, end):
     "An invented name of six letters or more that is not in `used` yet."
