@@ -342,6 +342,8 @@ def _read_adapter(source, place, options):
     return lm, tok
 
 # %% ../nbs/5_models/01_weights.ipynb #bbdea716
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+
 def _read(source, place, options):
     "Model and tokenizer of a source of any kind."
     check_source(source, place.get("subfolder", ""))
@@ -400,7 +402,6 @@ def _cast(state, dtype):
     def cast(value): return done.setdefault((value.data_ptr(), value.shape), value.to(dtype))
     return {name: cast(value) if value.is_floating_point() else value for name, value in state.items()}
 
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 @contextmanager
 def _replacing(folder):
