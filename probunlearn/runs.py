@@ -122,7 +122,9 @@ _SHAPES = dict(settings=dict, questions=dict, looks=list, made=dict)
 
 def _is_look(look):
     "Whether an entry of `looks` says at how many draws of how many questions somebody looked."
-    return isinstance(look, dict) and all(is_whole(look.get(name), 1) for name in ("n", "questions"))
+    if not isinstance(look, dict): return False
+    least = 0 if look.get("lost") else 1            # a report whose run.json was lost is counted without its n
+    return is_whole(look.get("n"), least) and is_whole(look.get("questions"), 1)
 
 def _check_shape(there):
     "ValueError unless a run.json has the fields of a run, in their shape."

@@ -307,7 +307,7 @@ calls = {
     "'upper', 'lower', 'two-sided'": lambda: std_bound(x, side="both"),
     "got 'wald'": lambda: binary_bound(0, 5, method="wald"),
     "'betting', 'constant-stakes'": lambda: mean_bound(x, method="normal"),
-    "'dkw', 'smirnov', 'bj'": lambda: std_bound(x, method="betting"),
+    "'betting', 'dkw', 'smirnov', 'bj'": lambda: std_bound(x, method="kl"),
     "one threshold": lambda: survival_bound(x, [.1, .2], method="clopper-pearson"),
     "at least 1, got 0": lambda: binary_bound(0, 0),
     "whole numbers in 0..n, got 6": lambda: binary_bound(6, 5),

@@ -13,6 +13,7 @@ import torch
 from distributed_run import CONFIGS, train
 from probunlearn.checkpoints import load_checkpoint, read_notes, save_checkpoint
 from probunlearn.data import fictional_authors
+from probunlearn.files import DISK
 from probunlearn.loop import TrainConfig, finetune
 from probunlearn.models import add_lora, load_model, small_model
 from probunlearn.training import UnlearnConfig, unlearn
@@ -111,8 +112,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     lm, file = small_model("full", device="cpu").lm, tmp_path/"run.safetensors"
     optimizer = torch.optim.AdamW(lm.parameters())
     save_checkpoint(file, lm, optimizer, notes=dict(step=1))
-    def full(path): raise OSError(28, "No space left on device")
-    monkeypatch.setattr("probunlearn.checkpoints._synced", full)
+    def full(file): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(DISK, "sync", full)
     with pytest.raises(OSError, match="could not be written .*No space left.*; what was there is whole"):
         save_checkpoint(file, lm, optimizer, notes=dict(step=2))
     assert read_notes(file) == dict(step=1) and [path.name for path in tmp_path.iterdir()] == [file.name]

@@ -135,7 +135,7 @@ def test_a_server_killed_in_a_run_leaves_gaps_that_the_next_run_fills(served, tm
     killer.join()
     broken = [kept(tmp_path, qa) for qa in QAS if kept(tmp_path, qa)]
     arrived = sum(len(d.index) - (d.index < 0).sum() for d in broken)
-    assert 29 <= arrived < 80
+    assert 28 <= arrived < 80       # of 30 requests one was refused for fields that it does not know, one was under way
     assert all(t is None or t == w for d, right in zip(broken, whole) for t, w in zip(d.texts, right))
     assert run(e, QAS, n, tmp_path) is None and texts(filter(None, (kept(tmp_path, qa) for qa in QAS))) == texts(broken)
     served.start()

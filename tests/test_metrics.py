@@ -303,7 +303,7 @@ calls = {
     "looks must be a whole number >= 1, got -2": lambda: looked(bound, -2),
     "models must be a whole number >= 1, got 1.5": lambda: looked(bound, 1, 1.5),
     "after 100 looks at 1 model:": lambda: looked(bound, 100),
-    "got shape (0,)": lambda: worst_question([], 9),
+    "at least one count, got none": lambda: worst_question([], 9),
     "leaks must be whole numbers in 0..n, got [12]": lambda: certified([12], 9),
     "tau must": lambda: certified([1], 9, 2),
     "got none": lambda: certified([], 9),

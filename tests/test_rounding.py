@@ -113,7 +113,7 @@ def test_a_grid():
 
 @pytest.mark.parametrize("command", ["versus", "demo"])
 def test_tables_of_the_command_line(monkeypatch, capsys, command):
-    frame = a_board(monkeypatch).to_frame().assign(retain=1.)
+    frame = a_board(monkeypatch).to_frame().assign(retain=1., retain_draws=1.)
     board = SimpleNamespace(to_frame=lambda: frame, notes=[], reports=[], save=lambda path: path)
     monkeypatch.setattr(shell, "_read", lambda *_, **__: None)
     monkeypatch.setattr(reading, "versus", lambda *_, **__: board)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from probunlearn.bounds import rounded
 from probunlearn.data import QA
 from probunlearn.draws import draws_digest, draws_from_texts, first_draws
 from probunlearn.reading import report_run
@@ -296,7 +297,7 @@ def older(data):
     name = "average score"
     looser, digits = data["bounds"][name]["value"] * 1.25, re.search(r"average score is at most ([\d.]+)", str(data["claims"]))[1]
     data["bounds"][name]["value"] = looser
-    data["claims"] = [c.split(", leak: ")[0].split(", score: ")[0].replace(digits, f"{looser + 5e-6:.4g}") + ")."
+    data["claims"] = [c.split(", leak: ")[0].split(", score: ")[0].replace(digits, rounded(looser, "upper")) + ")."
                       if "with confidence" in c else c for c in data["claims"]]
 
 

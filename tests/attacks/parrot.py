@@ -24,4 +24,6 @@ class Parrot:
 
     def draw(self, qas, n, decoding=SHORT, seed=0, *, start=0):
         texts = {qa.id: [self.said(qa, i) for i in range(start, n)] for qa in qas}
-        return [draws_from_texts(qa.id, texts[qa.id], decoding=decoding, seed=seed, prompt=self.asked) for qa in qas]
+        lost = {qa.id: {i: "gone" for i, text in enumerate(texts[qa.id]) if text is None} for qa in qas}
+        return [draws_from_texts(qa.id, texts[qa.id], decoding=decoding, seed=seed, prompt=self.asked, lost=lost[qa.id])
+                for qa in qas]

@@ -172,11 +172,11 @@ EXTRAS = [
     ({"a": {1, 2}}, "plain values"),
     ({"a": float("nan")}, "plain values"),
     ({"a": float("inf")}, "plain values"),
-    ({"a": object()}, "plain values"),
+    ({"a": object}, "plain values"),
           ([], "a dict of fields"), ({"temperature": 0}, "must not set temperature"), ({"n": 3}, "must not set n")]
 
 
-@pytest.mark.parametrize("extra, sentence", EXTRAS, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize("extra, sentence", EXTRAS, ids=range(len(EXTRAS)))
 def test_what_cannot_be_sent_is_refused_at_once(extra, sentence):
     with pytest.raises(ValueError, match=sentence): Endpoint("http://host/v1", "m", extra=extra)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from conftest import CAPITALS, FILE, REAL, free_port, served
+from real_engine import CAPITALS, FILE, REAL, folder, free_port, local, served  # noqa: F401
 from probunlearn.data import Template, encode_prompt
 from probunlearn.draws import Decoding
 from probunlearn.endpoint import Endpoint

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from conftest import CAPITALS, OPTIONS, REAL
+from real_engine import CAPITALS, OPTIONS, REAL, folder, local  # noqa: F401
 from probunlearn.data import encode_prompt
 from probunlearn.draws import Decoding
 from probunlearn.engines import Vllm
@@ -75,7 +75,7 @@ def test_the_same_seed_repeats_nearly_all_draws(model):
 RUN = """
 import sys
 sys.path[:0] = {path!r}
-from conftest import CAPITALS, OPTIONS
+from real_engine import CAPITALS, OPTIONS
 from probunlearn.draws import Decoding
 from probunlearn.engines import Vllm
 from probunlearn.evaluation import evaluate
