@@ -146,8 +146,9 @@ def test_a_server_killed_in_a_run_leaves_gaps_that_the_next_run_fills(served, tm
     assert len(lost) <= 1
     assert all(t in (None, w) for ours, theirs in zip(found, whole) for t, w in zip(ours, theirs))
     asked = 80 - arrived - len(lost) + len(QAS)                         # the greedy answers, too
-    assert served.asked() - before == asked
-    assert run(e, QAS, n, tmp_path) is not None and served.asked() - before == asked
+    spent = served.asked() - before
+    assert asked <= spent <= asked + 8              # four fields that the server refuses, learnt by draws and by greedy
+    assert run(e, QAS, n, tmp_path) is not None and served.asked() - before == spent
     fewer = report_run(tmp_path, n=10)
     assert texts(fewer.forget.draws) == [t[:10] for t in found]
 
@@ -178,7 +179,8 @@ def test_a_client_killed_in_a_run_goes_on_where_it_was(served, tmp_path):
     assert run(served.endpoint(), QAS[:1], count + 5, tmp_path) is not None
     again = kept(tmp_path, QAS[0]).texts
     assert again[:count] == there and None not in again
-    assert served.asked() - before in (6, 7)        # five, the greedy answer, perhaps the killed client's last request
+    # five, the greedy answer, perhaps the killed client's last request, and up to eight to learn what is refused
+    assert 6 <= served.asked() - before <= 7 + 8
 
 
 # --- a scripted server: order, pauses, limits -----------------------------------------------------------------------
