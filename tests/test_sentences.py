@@ -27,8 +27,12 @@ def test_an_average_score_names_its_score_and_no_leak():
     assert "score: ROUGE-L recall" in said and "leak" not in said and "0.5" not in said
 
 
-@pytest.mark.parametrize("leaks, void", [([0, 0], ["certified questions", "leaking questions", "worst question, at least"]), ([40, 40], ["worst question", "average leak",
-                                         "certified questions", "average score"])], ids=["clean", "all leak"])
+NOTHING = dict(
+    clean=([0, 0], ["certified questions", "leaking questions", "worst question, at least"]),
+    leaking=([40, 40], ["worst question", "average leak", "certified questions", "average score"]))
+
+
+@pytest.mark.parametrize("leaks, void", NOTHING.values(), ids=NOTHING)
 def test_what_anybody_could_say_is_not_printed(leaks, void):
     r = Report("m", asked(leaks))
     printed = [name for name, bound in r.bounds.items() if str(bound) in r.claims]
