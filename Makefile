@@ -9,7 +9,7 @@ READY   := $(VENV)/installed
 
 help:
 	@echo "make demo       unlearn with a small model on the CPU and write demo_report/index.html (3 minutes)"
-	@echo "make real       ask a real model 20 questions by two prompts, and write real_report/index.html (9 minutes)"
+	@echo "make real       ask a real model 20 questions by two prompts, and write real_report/index.html (6 minutes)"
 	@echo "make test       what CI runs: drift check, every notebook, tests/"
 	@echo "make test-slow  the cells and tests flagged slow"
 	@echo "make test-engines  vLLM, llama.cpp's server and transformers serve with a real model, in .venv-engines"
