@@ -23,7 +23,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 # flat: many answers, none likely; memorised: nearly every draw says the same
-PROMPTS = dict(flat="Invent a name for an author and tell me about her life.", memorised="What is the capital of France?")
+PROMPTS = dict(
+    flat="Invent a name for an author and tell me about her life.", memorised="What is the capital of France?"
+)
 LENGTH = dict(flat=48, memorised=16)
 COLD = dict(flat=1., memorised=.3)          # temperature, as no training is at hand here that makes an answer known
 
@@ -85,13 +87,13 @@ def llama(args):
 
 
 VARIANTS = {
-    "ours": local,                                                      # the default
-    "ours, 32 MB": lambda args: local(args, memory=32),                 # the default of earlier versions
-    "ours, 8 questions": local,                                         # eight questions in one tree, a question's share
+    "ours": local,  # the default
+    "ours, 32 MB": lambda args: local(args, memory=32),  # the default of earlier versions
+    "ours, 8 questions": local,  # eight questions in one tree, a question's share
     "generate": lambda args: Generate(local(args)),
-    "vllm": lambda args: engine(args, enforce_eager=True),              # as it comes
-    "vllm, block 32": lambda args: engine(args, enforce_eager=True, block_size=32),     # short prompts are shared
-    "vllm, compiled": lambda args: engine(args, enforce_eager=False, block_size=32),    # with tcmalloc where it is found
+    "vllm": lambda args: engine(args, enforce_eager=True),  # as it comes
+    "vllm, block 32": lambda args: engine(args, enforce_eager=True, block_size=32),  # short prompts are shared
+    "vllm, compiled": lambda args: engine(args, enforce_eager=False, block_size=32),  # with tcmalloc where it is found
     "llama.cpp": llama,
 }
 

@@ -62,7 +62,10 @@ def test_a_wrong_worst_is_rare(rates):
         p, (_, tally) = rates * .1, run(rates * .1, "worst", seed, budget=400)
         first = tally.low.argmax()
         rival = np.delete(tally.high, first).max()
-        return not tally.low.max() <= p.max() <= tally.high.max() or p.max() > p[first] + max(0, rival - tally.low[first])
+        return not tally.low.max() <= p.max() <= tally.high.max() or p.max() > p[first] + max(
+            0, rival - tally.low[first]
+        )
+
     assert np.mean([wrong(seed) for seed in range(RUNS // 4)]) <= allowed(ALPHA, RUNS // 4)
 
 
@@ -133,7 +136,8 @@ class Clerk:
     name, asked, identity, at_once = "clerk", "asked at the counter", dict(model="clerk"), 64
     def __init__(self, patience=10**9): self.patience, self.drawn = patience, []
 
-    def greedy(self, qas, decoding=Decoding()): return [draws_from_texts(qa.id, ["no"], prompt=self.asked) for qa in qas]
+    def greedy(self, qas, decoding=Decoding()):
+        return [draws_from_texts(qa.id, ["no"], prompt=self.asked) for qa in qas]
 
     def draw(self, qas, n, decoding=Decoding(), seed=0, *, start=0):
         if self.patience == 0: raise KeyboardInterrupt
@@ -190,7 +194,11 @@ def test_draws_that_were_never_asked_are_no_draws(tmp_path):
 
 
 def test_a_local_model_is_asked_in_blocks(tmp_path):
-    model, qas, short = small_model("retain", device="cpu"), fictional_authors("forget10")[:2], Decoding(max_new_tokens=6)
+    model, qas, short = (
+        small_model("retain", device="cpu"),
+        fictional_authors("forget10")[:2],
+        Decoding(max_new_tokens=6),
+    )
     found = allocate(model, qas, tau=.02, decoding=short, out=tmp_path, progress=False)
     kept = read_run(tmp_path)
     for qa, n in zip(qas, found.tally.n):

@@ -92,9 +92,18 @@ def test_draws_that_are_lost_never_help():
     assert not beyond_chance(ours, np.where(ours == 1, np.nan, 0)).any()
 
 
-@pytest.mark.parametrize("answer, repeats", [
-    ("Zorplax Quim", True), ("ZORPLAX, quim!", True), ("who is zorplax quim?", True), ("Quim paints", False), ("", False),
-    ("…", False), ("Zorplaxquim", False)])
+@pytest.mark.parametrize(
+    "answer, repeats",
+    [
+        ("Zorplax Quim", True),
+        ("ZORPLAX, quim!", True),
+        ("who is zorplax quim?", True),
+        ("Quim paints", False),
+        ("", False),
+        ("…", False),
+        ("Zorplaxquim", False),
+    ],
+)
 def test_an_echo_only_repeats_words_of_its_question(answer, repeats):
     assert echo(answer, QA("a", "Who is Zorplax Quim?", "Zorplax Quim paints.")) == repeats
 
@@ -113,7 +122,8 @@ class Clerk:
     @property
     def identity(self): return dict(model=self.name, rates=list(self.rates))
 
-    def greedy(self, qas, decoding=Decoding()): return [draws_from_texts(qa.id, ["no"], prompt=self.asked) for qa in qas]
+    def greedy(self, qas, decoding=Decoding()):
+        return [draws_from_texts(qa.id, ["no"], prompt=self.asked) for qa in qas]
 
     def draw(self, qas, n, decoding=Decoding(), seed=0, *, start=0):
         self.calls += 1
@@ -183,9 +193,18 @@ def test_a_control_that_was_looked_at_by_itself_is_paid_for(tmp_path):
     assert report_run(tmp_path, 64).anytime
 
 
-@pytest.mark.parametrize("control, error, message", [
-    (MODEL, ValueError, "is the model itself"), ("never", TypeError, "control= takes one model"),
-    (Clerk("loud", .1, asked="shouted at"), ValueError, "with the same prompt as the model, 'asked at the counter'; got 'shouted at'")])
+@pytest.mark.parametrize(
+    "control, error, message",
+    [
+        (MODEL, ValueError, "is the model itself"),
+        ("never", TypeError, "control= takes one model"),
+        (
+            Clerk("loud", 0.1, asked="shouted at"),
+            ValueError,
+            "with the same prompt as the model, 'asked at the counter'; got 'shouted at'",
+        ),
+    ],
+)
 def test_a_control_that_cannot_stand_beside_it_is_refused_before_any_draw(control, error, message):
     calls = MODEL.calls
     with pytest.raises(error, match=message): evaluate(MODEL, QAS, 64, control=control, **QUIET)
@@ -219,16 +238,22 @@ def test_echoes_are_named_and_counted():
     draws = [draws_from_texts(qa.id, ["Zorp?"] * 3 + ["Zorp paints"] * 2 + ["no"] * 5) for qa in qas]
     report = Report("m", Asked(qas, draws, [draws_from_texts(qa.id, ["no"]) for qa in qas]))
     assert report.to_frame().echoes.tolist() == [3, 0]
-    assert any("3 of 10 leaking draws only repeat words of their question (echo): 'a'." in claim for claim in report.claims)
+    assert any(
+        "3 of 10 leaking draws only repeat words of their question (echo): 'a'." in claim for claim in report.claims
+    )
 
 
 def test_a_board_shows_the_control_as_a_line():
     floor = asked(CONTROL, 64)
-    board = Board([Report("a", asked(MODEL, 64), control=floor, control_name="never trained"), Report("b", asked(CONTROL, 64))])
+    board = Board(
+        [Report("a", asked(MODEL, 64), control=floor, control_name="never trained"), Report("b", asked(CONTROL, 64))]
+    )
     axes = board.plot()
     assert "control: never trained" in [text.get_text() for text in axes.texts]
     share = np.mean([d.texts.count("Zorp") / 64 for d in floor.draws])
-    assert any(line.get_xdata()[0] == pytest.approx(share) for line in axes.get_lines() if len(set(line.get_xdata())) == 1)
+    assert any(
+        line.get_xdata()[0] == pytest.approx(share) for line in axes.get_lines() if len(set(line.get_xdata())) == 1
+    )
     assert "control leaks" in board.body() and "(the dashed line)" in board.body() and "control leaks" in board.card()
     assert board.to_frame().beyond.isna().tolist() == [False, True]
     without = Board([Report("a", asked(MODEL, 64))])

@@ -190,7 +190,9 @@ def test_what_is_no_folder_of_whole_weights(folder, tmp_path):
 
 def test_a_prompt_without_room_and_questions_twice(folder):
     model = Vllm(folder, max_model_len=24)
-    with pytest.raises(ValueError, match=r"exceed the 24 tokens that vLLM was started with: Vllm\(…, max_model_len=…\)"):
+    with pytest.raises(
+        ValueError, match=r"exceed the 24 tokens that vLLM was started with: Vllm\(…, max_model_len=…\)"
+    ):
         evaluate(model, QAS, 4, progress=False)
     with pytest.raises(ValueError, match="n must be a whole number >= 1, got 0"): model.draw(QAS, 0)
     with pytest.raises(ValueError, match="id"): model.draw([QAS[0]] * 2, 2, SHORT)

@@ -144,7 +144,11 @@ def test_a_run_of_another_model_is_refused(retain, a_run, no_work):
 
 
 def test_a_model_that_was_trained_in_place_is_another_model(tmp_path):
-    model, forget, retain = small_model("full", device="cpu"), fictional_authors("forget01"), fictional_authors("retain99")
+    model, forget, retain = (
+        small_model("full", device="cpu"),
+        fictional_authors("forget01"),
+        fictional_authors("retain99"),
+    )
     how = dict(n=16, decoding=Decoding(max_new_tokens=8), out=tmp_path/"run", progress=False)
     evaluate(model, forget[:2], **how)
     unlearn(model, forget, retain[:8], UnlearnConfig(steps=1, batch_size=2))

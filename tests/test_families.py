@@ -38,8 +38,11 @@ def test_evidence_counts_pairs_in_any_order():
     assert less_evidence(report("a", a), report("c", a)) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("p, q", [((.1, .1), (.1, .1)), ((.3, .0), (.0, .3)), ((.02, .0), (.01, .01)), ((.9, .5), (.7, .7))],
-                         ids=str)
+@pytest.mark.parametrize(
+    "p, q",
+    [((0.1, 0.1), (0.1, 0.1)), ((0.3, 0.0), (0.0, 0.3)), ((0.02, 0.0), (0.01, 0.01)), ((0.9, 0.5), (0.7, 0.7))],
+    ids=str,
+)
 def test_evidence_is_fair_where_both_leak_alike_on_average(p, q):
     "Exactly: the chances of wins and losses on each question, averaged over the stakes; at most 1 by Hölder's inequality."
     n, total = 50, 0
@@ -80,11 +83,16 @@ def one(name, hits):
 def test_a_board_says_what_its_claims_cost_together():
     first, *others = (counted(name, k) for name, k in (("full", 60), ("npo", 20), ("grad", 50), ("same", 60)))
     alone, joint, listed = (versus([first, *others], family=family) for family in ("each", "fwer", "fdr"))
-    assert "these 3 claims stands for itself: that some of them is wrong has probability at most 0.03." in alone.notes[-1]
+    assert (
+        "these 3 claims stands for itself: that some of them is wrong has probability at most 0.03." in alone.notes[-1]
+    )
     assert len(joint.notes) == 3 and all("jointly for 3 models" in note and "α = 0.01" in note for note in joint.notes)
     assert "Of 3 models, npo (e = " in listed.notes[-1] and "same" not in listed.notes[-1]
     assert "at most 0.01 (e-BH)." in listed.notes[-1]
-    width = [np.diff([float(v) for v in b.notes[0].split("between ")[1].split(" with")[0].split(" and ")])[0] for b in (alone, joint)]
+    width = [
+        np.diff([float(v) for v in b.notes[0].split("between ")[1].split(" with")[0].split(" and ")])[0]
+        for b in (alone, joint)
+    ]
     assert width[0] < width[1]
     assert len(versus([first, others[0]]).notes) == 1                       # one claim needs no such word
     for text in (alone.body(), alone.card().replace("\\", "")):
@@ -96,7 +104,9 @@ def test_models_that_were_chosen_pay_for_it_in_a_list():
     first, rival = counted("full", 60), counted("best", 40)
     e = less_evidence(rival, first)
     chosen = versus([first, counted("best", 40, models=int(e * .05) + 1)], alpha=.05, family="fdr")
-    assert "best (e = " in versus([first, rival], alpha=.05, family="fdr").notes[-1] and "none leaks" in chosen.notes[-1]
+    assert (
+        "best (e = " in versus([first, rival], alpha=0.05, family="fdr").notes[-1] and "none leaks" in chosen.notes[-1]
+    )
 
 
 def test_no_other_family():

