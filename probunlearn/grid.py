@@ -62,35 +62,39 @@ def run_cell(
     model: LocalModel,  # the model to unlearn; it stays as it is
     cell: Cell,         # what is done
     split: tuple,       # (forget records, retain records, retain questions that are asked afterwards)
+    *,
+    probe=None,         # model → dict of numbers, where the cell's config has `probe_every`: `leak_probe(…)`
     **options,          # as in `evaluate`: n, score, leak_at, alpha, decoding, seed
-) -> dict:              # the report's row, seconds, notes; or why training broke down
+) -> dict:              # the report's row, seconds, notes, `path` (what the probe saw); or why training broke down
     "Unlearn and evaluate."
     forget, retain, asked = split
     start, model = time.monotonic(), model.copy()
     if cell.lora: model = add_lora(model, cell.lora)
-    try: history = unlearn(model, forget, retain, cell.config)
+    try: history = unlearn(model, forget, retain, cell.config, probe=probe)
     except FloatingPointError as error: return dict(failed=str(error))
     trained = time.monotonic()
     report = evaluate(model, forget, retain=asked, name=cell.name, progress=False, **options)
     times = dict(training_seconds=trained - start, seconds=time.monotonic() - start)
-    return report.summary() | times | dict(notes=history.notes)
+    return report.summary() | times | dict(notes=history.notes, path=history.looks())
 
 # %% ../nbs/9_together/04_grid.ipynb #8b011c32
 def _record(qa):
     "A question as plain values; without the field that cells of earlier versions don't know, where it is empty."
     return {name: value for name, value in asdict(qa).items() if value or name != "alternatives"}
 
-def _settings(model, splits, options):
+def _settings(model, splits, options, probe=None):
     "Everything but the cell that shapes its result."
     questions = {split: fingerprint([[_record(qa) for qa in qas] for qas in parts]) for split, parts in splits.items()}
     options = options | (dict(rule=model.rule) if model.rule else {})
     said = {name: getattr(value, "__name__", str(value)) for name, value in options.items()}
-    return dict(model=model.identity["model"], questions=questions, template=asdict(model.template), options=said)
+    return dict(model=model.identity["model"], questions=questions, template=asdict(model.template), options=said,
+                probe=getattr(probe, "identity", str(probe)) if probe else None)
 
 def _of_cell(settings, cell):
-    "The settings of one cell, as they look when read from a file."
+    "The settings of one cell, as they look when read from a file: a probe is one of them where it looks."
     own = dict(questions=settings["questions"][cell.split], config=asdict(cell.config), lora=cell.lora)
-    return json.loads(json.dumps(settings | own))
+    unused = {} if settings["probe"] and cell.config.probe_every else {"probe"}
+    return json.loads(json.dumps({name: value for name, value in (settings | own).items() if name not in unused}))
 
 # %% ../nbs/9_together/04_grid.ipynb #4681eea3
 _KEYS = {"name", "split", "seed", "row", "settings"}
@@ -127,6 +131,7 @@ def run_grid(
     out,                    # folder, one file per cell; cells that are there aren't run again
     *,
     shard="0/1",            # this machine's share: i/N, counted from 0
+    probe=None,             # as in `run_cell`
     progress: bool = True,
     **options,              # as in `evaluate`
 ) -> "Grid":                # all cells in the folder; ValueError without a split, or on a cell with other settings
@@ -134,11 +139,11 @@ def run_grid(
     missing = {cell.split for cell in cells} - splits.keys()
     if missing: raise ValueError(f"no questions for split {min(missing)!r}; there are {', '.join(splits)}")
     i, parts = checked_shard(shard)
-    folder, settings = Path(out), _settings(model, splits, options)
+    folder, settings = Path(out), _settings(model, splits, options, probe)
     folder.mkdir(parents=True, exist_ok=True)
     waiting = _waiting(folder, cells[i::parts], settings)
     for cell in tqdm(waiting, "cells", delay=3, mininterval=1, disable=not progress, unit="cell"):
-        row = run_cell(model, cell, splits[cell.split], **options)
+        row = run_cell(model, cell, splits[cell.split], probe=probe, **options)
         _write_cell(folder/cell.file, cell, row, settings=_of_cell(settings, cell), made=model.made)
     return read_grid(folder)
 
@@ -207,7 +212,7 @@ class Grid:
 
     def to_frame(self):
         "One row per cell."
-        frame = pd.DataFrame(self.rows).drop(columns="notes", errors="ignore")
+        frame = pd.DataFrame(self.rows).drop(columns=["notes", "path"], errors="ignore")
         return frame.sort_values(["split", "name", "seed"], ignore_index=True)
 
     def means(self):

@@ -121,6 +121,12 @@ class TrainConfig(Course):
         if self.mixed_precision != "auto": return self.mixed_precision
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
 
+# %% ../nbs/8_unlearning/05_loop.ipynb #67e5c2b6
+def _seen(row):
+    "What a probe added to the row of an update: all that comes after the norm of its gradient."
+    names = list(row)
+    return {name: row[name] for name in names[names.index("grad_norm") + 1:]} if "grad_norm" in row else {}
+
 # %% ../nbs/8_unlearning/05_loop.ipynb #38b0f964
 class History:
     "What was measured at each update: losses always, leakage where a probe looked; and notes on the run as a whole."
@@ -140,6 +146,10 @@ class History:
     def add(self, **values):
         "Keep the numbers of an update."
         self.rows.append({k: float(v.detach() if hasattr(v, "detach") else v) for k, v in values.items()})
+
+    def looks(self):
+        "What a probe saw: a row with the step and its numbers for each update at which it looked."
+        return [dict(step=row["step"]) | seen for row in self.rows if (seen := _seen(row))]
 
     def to_frame(self):
         "One row per update."

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'ENTROPY_ON', 'UnlearnConfig', 'leak_probe', 'unlearn', 't
 
 # %% ../nbs/8_unlearning/06_training.ipynb #99648081
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Callable
 import math
@@ -21,7 +21,7 @@ from .batches import batch_stats, encode_all, processes, record_order
 from .bounds import leaked
 from .checks import chosen, need
 from .data import encode_prompt
-from .draws import Decoding
+from .draws import Decoding, fingerprint
 from .loop import History, TrainConfig, check_start, finetune, train_loop
 from .losses import answer_mean, answer_sum, ce_u, control_vector, dpo, grad_ascent, i_dont_know, idk
 from .losses import kl_retain, mean_entropy, npo, rmu, satimp, simnpo, undial, wga
@@ -344,20 +344,26 @@ def leak_probe(
     retain: list,               # retain questions to look at
     *,
     n: int = 32,                # draws per forget question
+    n_retain: int = 16,         # draws per retain question
     score: str = "keywords",
     decoding: Decoding = Decoding(max_new_tokens=48),
-    seed: int = 2**31,          # draws of its own, apart from those of an evaluation
+    seed: int = 2**31,          # draws of its own, apart from those of an evaluation; retain draws take the next one
     leak_at: float = 1.0,       # a draw leaks when its score is at least this
     alpha: float = 0.01,        # of the bound
-) -> Callable:                  # model → dict of mean scores, a leak rate and its bound
-    "A probe for `unlearn`: mean scores of greedy answers, the share of draws that leak and an upper bound on it."
+) -> Callable:                  # model → dict of mean scores, how many draws leak, their share and its bound
+    "A probe for `unlearn`: mean scores of greedy answers and draws, the share of draws that leak and a bound on it."
     def greedy(model, qas): return score_draws(model.greedy(qas, decoding), qas, score).mean()
+    def drawn(model, qas, n, seed):         # (question, draw)
+        return score_draws(model.draw(qas, n, decoding, seed, progress=False), qas, score)
     def probe(model):
-        drawn = score_draws(model.draw(forget, n, decoding, seed, progress=False), forget, score)    # (question, draw)
-        leaks = leaked(drawn, leak_at)
+        scores = drawn(model, forget, n, seed)
+        leaks = leaked(scores, leak_at)
         bound = pooled_rate(leaks.sum(1), n, alpha)
-        return dict(greedy_forget=greedy(model, forget), drawn_forget=leaks.mean(), leak_bound=float(bound),
-                    greedy_retain=greedy(model, retain))
+        return dict(greedy_forget=greedy(model, forget), drawn_forget=scores.mean(), leak_rate=leaks.mean(),
+                    leak_bound=float(bound), draws=leaks.size, greedy_retain=greedy(model, retain),
+                    drawn_retain=drawn(model, retain, n_retain, seed + 1).mean())
+    probe.identity = fingerprint([[asdict(qa) for qa in forget + retain], len(forget), n, n_retain, leak_at, alpha,
+                                  seed, getattr(score, "__name__", score), asdict(decoding)])
     return probe
 
 # %% ../nbs/8_unlearning/06_training.ipynb #6decccad

@@ -250,7 +250,7 @@ def guess_figure(
 # %% ../nbs/4_reports/04_views.ipynb #44e0f991
 _CURVES = (     # column, meaning, line, label
     ("greedy_forget", "greedy", "D--", "greedy"),
-    ("drawn_forget", "draws", "o-", "draws"),
+    ("leak_rate", "draws", "o-", "draws"),
     ("leak_bound", "bound", "-", "bound"),
     ("greedy_retain", "retain", "s:", "retain"),
 )
@@ -260,10 +260,10 @@ def _last(rows):
     if not rows: return "Waiting for the first look"
     row = rows[-1]
     most = rounded(row["leak_bound"], digits=2)
-    return f"Update {row['step']:g}: greedy {row['greedy_forget']:.2g}, draws {row['drawn_forget']:.2g}, at most {most}"
+    return f"Update {row['step']:g}: greedy {row['greedy_forget']:.2g}, draws {row['leak_rate']:.2g}, at most {most}"
 
 def training_figure(
-    rows: list,     # dicts with step, greedy_forget, drawn_forget, leak_bound and greedy_retain, in [0, 1]
+    rows: list,     # dicts with step, greedy_forget, leak_rate, leak_bound and greedy_retain, in [0, 1]
 ):                  # figure
     "Greedy and sampled leakage, its bound and the retain score, look by look."
     with style():

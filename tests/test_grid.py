@@ -13,7 +13,7 @@ from probunlearn.data import Template, fictional_authors
 from probunlearn.draws import Decoding
 from probunlearn.grid import Cell, Grid, grid_cells, read_grid, run_cell, run_grid, verdict
 from probunlearn.models import small_model
-from probunlearn.training import UnlearnConfig
+from probunlearn.training import UnlearnConfig, leak_probe
 
 FORGET, RETAIN = fictional_authors("forget10"), fictional_authors("retain90")
 SPLITS = dict(two=(FORGET[:2], RETAIN[:8], RETAIN[:2]), other=(FORGET[2:4], RETAIN[:8], RETAIN[:2]))
@@ -143,6 +143,19 @@ def test_adapters_and_a_score_of_ones_own(model, tmp_path):
     for _ in range(2): grid = run(model, tmp_path, cells, score=first_word)
     settings = json.loads((tmp_path/cells[0].file).read_text())["settings"]
     assert len(grid.rows) == 1 and settings["options"]["score"] == "first_word"
+
+
+def test_a_row_keeps_the_path_and_a_probe_is_a_setting_where_it_looks(model, tmp_path):
+    looked = dict(two=quick(steps=3, probe_every=2), none=quick())
+    cells = grid_cells(looked, (0,), splits=("two",))
+    def probe(n): return leak_probe(FORGET[:2], RETAIN[:2], n=n, n_retain=2, decoding=HOW["decoding"])
+    grid = run(model, tmp_path, cells, probe=probe(4))
+    paths = {row["name"]: row["path"] for row in grid.rows}
+    assert [row["step"] for row in paths["two"]] == [2, 3] and paths["none"] == []
+    assert {"leak_bound", "drawn_retain"} < paths["two"][0].keys() and "path" not in grid.to_frame()
+    same(run(model, tmp_path, cells, probe=probe(4)), grid)
+    with pytest.raises(ValueError, match="other settings"): run(model, tmp_path, cells[:1], probe=probe(5))
+    run(model, tmp_path, cells[1:], probe=probe(5))                             # it doesn't look
 
 
 def test_training_that_breaks_down_stays_in_the_table(model, tmp_path, monkeypatch):

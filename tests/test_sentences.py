@@ -89,5 +89,5 @@ def test_a_probe_reports_the_share_of_draws_that_leak():
     forget = fictional_authors("forget10")[:2]
     model = small_model("full", device="cpu")
     half = leak_probe(forget, forget, n=8, score=lambda answer, qa: .5, leak_at=.75)(model)
-    assert half["drawn_forget"] == 0 and half["greedy_forget"] == .5
-    assert leak_probe(forget, forget, n=8, score=lambda answer, qa: .5, leak_at=.5)(model)["drawn_forget"] == 1
+    assert half["leak_rate"] == 0 and half["greedy_forget"] == half["drawn_forget"] == .5
+    assert leak_probe(forget, forget, n=8, score=lambda answer, qa: .5, leak_at=.5)(model)["leak_rate"] == 1

@@ -10,9 +10,10 @@ from probunlearn.checkpoints import memory_needed, read_notes, saved_bytes
 from probunlearn.data import QA, encode, encode_prompt, fictional_authors
 from probunlearn.draws import Decoding
 from probunlearn.data import library
-from probunlearn.loop import TrainConfig, check_start, finetune
+from probunlearn.loop import History, TrainConfig, check_start, finetune
 from probunlearn.losses import answer_mean
 from probunlearn.models import LocalModel, add_lora, load_model, small_model
+from probunlearn.questions import pooled_rate
 from probunlearn.temperature import AdaptiveTemperature
 from probunlearn.training import ENTROPY_ON, METHODS, Method, UnlearnConfig, keep, leak_probe, model_as_it_was
 from probunlearn.training import own_answers, reference_nll, task_vector, unlearn
@@ -256,9 +257,35 @@ def test_probes_look_when_they_should():
     history = finetune(model, FORGET[:4], quick(steps=5, lr=1e-6, probe_every=2), probe=probe)
     assert [r["step"] for r in history.rows if "seen" in r] == [2, 4, 5] and modes == [False] * 3
     seen = leak_probe(FORGET[:3], RETAIN[:3], n=8)(model)
-    assert set(seen) == {"greedy_forget", "drawn_forget", "leak_bound", "greedy_retain"}
-    assert all(v > .8 for v in seen.values())
+    assert list(seen) == ["greedy_forget", "drawn_forget", "leak_rate", "leak_bound", "draws", "greedy_retain",
+                          "drawn_retain"]
+    assert all(v > .8 for v in seen.values()) and seen["draws"] == 24
     assert history.plot().get_xlabel() == "update"
+
+
+def test_a_history_tells_the_looks_of_a_probe():
+    model, looks = fresh(), iter(range(9))
+    def probe(_): return dict(seen=next(looks))
+    history = finetune(model, FORGET[:4], quick(steps=5, lr=1e-6, probe_every=2), probe=probe)
+    assert [(row["step"], row["seen"]) for row in history.looks()] == [(2, 0), (4, 1), (5, 2)]
+    assert History([dict(step=1, loss=2., grad_norm=1.)]).looks() == History().looks() == []
+
+
+def test_what_a_probe_is_told_apart_by():
+    def identity(forget=FORGET[:2], retain=RETAIN[:2], **how): return leak_probe(forget, retain, **how).identity
+    others = [identity(FORGET[:3]), identity(FORGET[:2] + RETAIN[:1], RETAIN[1:2]), identity(n=8), identity(n_retain=8),
+              identity(score="rouge_l_recall"), identity(score="rouge_l_recall", leak_at=.5), identity(seed=1),
+              identity(alpha=.1), identity(decoding=Decoding(max_new_tokens=8))]
+    assert identity() == identity() and len({identity(), *others}) == 10
+
+
+def test_a_probe_scores_as_it_is_told():
+    "Scores other than key words: the mean score is not the share that reaches a threshold."
+    scores = dict(score=lambda answer, qa: .5, n=8, n_retain=4)
+    seen = leak_probe(FORGET[:2], RETAIN[:2], leak_at=.75, **scores)(fresh())
+    assert seen["drawn_forget"] == seen["drawn_retain"] == seen["greedy_retain"] == .5 and seen["leak_rate"] == 0
+    recall = leak_probe(FORGET[:2], RETAIN[:2], n=8, score="rouge_l_recall", leak_at=.8)(fresh())
+    assert recall["leak_rate"] > .8 and recall["leak_bound"] == float(pooled_rate([round(16 * recall["leak_rate"])], 16))
 
 
 def test_probing_changes_no_weight():
