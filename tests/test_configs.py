@@ -5,15 +5,17 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 import yaml
 
+from conftest import random_lm
 from probunlearn.bounds import rounded
 from probunlearn.cli import DEMO, Evaluate, Finetune, Unlearn
 from probunlearn.data import Template, load_qa
 from probunlearn.draws import Decoding
 from probunlearn.judges import compliance
 from probunlearn.data import library
-from probunlearn.models import load_model, small_model
+from probunlearn.models import LocalModel, load_model, small_model
 from probunlearn.questions import pooled_rate
 from probunlearn.shell import COMMANDS, main, packaged_configs
 from probunlearn.training import UnlearnConfig
@@ -34,7 +36,7 @@ def test_every_config_is_a_whole_run(name):
 
 
 def test_there_is_a_config_for_each_family_and_method():
-    wanted = {f"{family}-{method}" for family in ("phi", "llama2") for method in ("finetune", "GA", "GD", "NPO")}
+    wanted = {f"{family}-{method}" for family in ("phi", "smollm2", "llama2") for method in ("finetune", "GA", "GD", "NPO")}
     assert wanted <= set(CONFIGS) and any(name.startswith("small-") for name in CONFIGS)
 
 
@@ -56,6 +58,38 @@ METHODS = dict(GA=dict(method="grad_ascent"), GD=dict(method="grad_diff", retain
 def test_phi_configs_hold_the_references_values(method):
     config, expected = Unlearn(**read(f"phi-{method}")), PHI | METHODS[method]
     assert {k: getattr(config, k) for k in expected} == expected
+
+
+@pytest.mark.parametrize("method", ["finetune", *METHODS])
+def test_a_small_real_model_is_trained_as_phi_is(method):
+    "But for model, learning rate and batch."
+    phi, small = (read(f"{family}-{method}") for family in ("phi", "smollm2"))
+    assert {key for key in phi | small if phi.get(key) != small.get(key)} == {"model", "out", "lr", "batch_size",
+                                                                             "accumulate"}
+    assert phi["out"].replace("phi", "smollm2") == small["out"] and phi.keys() == small.keys()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "Random weights in the shape of each family, with the packaged tokenizer."
+    tok, folders = small_model("full", device="cpu").tok, {}
+    for family, kind in (("phi", "phi"), ("smollm2", "llama"), ("llama2", "llama")):
+        lm = random_lm(kind, vocab=len(tok), dtype=torch.float32, max_position_embeddings=512)
+        lm.config.eos_token_id, lm.config.pad_token_id = tok.eos_token_id, tok.pad_token_id
+        folders[family] = LocalModel(lm, tok).save(tmp_path_factory.mktemp(family)/"lm")
+    return folders
+
+
+@pytest.mark.parametrize("method", ["finetune", *METHODS])
+@pytest.mark.parametrize("family", ["phi", "smollm2", "llama2"])
+def test_each_shape_takes_a_step(family, method, tiny, tmp_path):
+    "Only weights, questions and size are replaced: precision, padding, prompt and loss are the config's."
+    small = ["--steps", "1", "--batch_size", "2", "--accumulate", "1", "--out", str(tmp_path/"lm")]
+    run = ["--config", f"{family}-{method}", "--model", str(tiny[family]), "--data", "fictional_authors", *small]
+    assert main(["finetune" if method == "finetune" else "unlearn", *run]) is None
+    before, after = (load_model(folder, device="cpu").lm.state_dict() for folder in (tiny[family], tmp_path/"lm"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert all(weights.isfinite().all() for weights in after.values())
 
 
 def test_a_packaged_config_runs_by_name_and_the_command_line_wins(tmp_path, capsys):
