@@ -269,7 +269,7 @@ def read_grid(
     rows = [dict(name=c["name"], split=c["split"], seed=c["seed"]) | c["row"] for c in cells]
     return Grid(rows, float(cells[0]["settings"]["options"].get("alpha", 0.01)))
 
-# %% ../nbs/9_together/04_grid.ipynb #7c99a41a
+# %% ../nbs/9_together/04_grid.ipynb #61293c2a
 def _looks(source):
     "A row for each look on one split; ValueError when they don't tell what a frontier needs."
     looks = source.looks() if isinstance(source, Grid) else pd.DataFrame(source).reset_index(drop=True)
@@ -286,7 +286,7 @@ def _joint_bounds(looks, alpha):
     def bound(rate, draws): return float(pooled_rate([round(rate * draws)], int(draws), alpha / seen.sum()))
     return [bound(*of) if ok else math.nan for ok, *of in zip(seen, looks.leak_rate, looks.draws)]
 
-# %% ../nbs/9_together/04_grid.ipynb #794bf19e
+# %% ../nbs/9_together/04_grid.ipynb #9dca0a2b
 def _staircase(
     points: pd.DataFrame,   # kept and bound of each look of one seed; without numbers where a run broke down
     start: float,           # bound at the start
@@ -306,7 +306,7 @@ def _area(stairs, floor):
     edges = np.clip(np.r_[kept, floor], floor, 1)
     return float(least @ -np.diff(edges)) / (1 - floor)
 
-# %% ../nbs/9_together/04_grid.ipynb #9b635f26
+# %% ../nbs/9_together/04_grid.ipynb #d0709495
 def _over_seeds(
     values,         # one number for each training seed
     alpha: float,
@@ -333,7 +333,7 @@ def _against(frontier, pair, share):
     names = "without", "with", "low", "high"
     return dict(seeds=len(common)) | dict(zip(names, at)) | {f"area {n}": v for n, v in zip(names, area)}
 
-# %% ../nbs/9_together/04_grid.ipynb #d21748c7
+# %% ../nbs/9_together/04_grid.ipynb #47d02989
 def _reach(frontier, name, share):
     "How many training seeds have weights that keep a share, and of how many."
     has = [any(kept[1:] >= share - 1e-9) for kept, _ in frontier.seeds(name).values()]
@@ -366,7 +366,7 @@ def _sentence(frontier, pair, share):
     changed = _change(numbers, confidence(frontier.alpha))
     return f"with {other} instead of {plain} the bound {changed}" + "".join(_reached(frontier, n, share) for n in pair)
 
-# %% ../nbs/9_together/04_grid.ipynb #a8b7d0c1
+# %% ../nbs/9_together/04_grid.ipynb #83ed9d74
 _FORMS = {"own": COLOURS["bound"], "entropy": COLOURS["bound"], "answer": COLOURS["leak"], "all": COLOURS["forget"]}
 
 def _draw_stairs(frontier, ax, name):
@@ -405,7 +405,7 @@ def _plot_frontier(frontier):
     figure.legend(handles=handles.values(), loc="outside upper center", ncols=len(handles), fontsize=8)
     return figure
 
-# %% ../nbs/9_together/04_grid.ipynb #1579b2fb
+# %% ../nbs/9_together/04_grid.ipynb #2e6ec02c
 @dataclass(repr=False)
 class Frontier:
     "What leaks at least, for what is kept."
@@ -447,7 +447,7 @@ class Frontier:
         self,
         share: float = 0.9,     # of the start's retain score
     ):
-        "A row per form of a method beside the method without: least bounds at a share, areas, intervals of differences."
+        "A row per form of a method beside the method itself: least bounds at a share, areas, intervals of differences."
         pairs = _pairs(self.names())
         return pd.DataFrame([_against(self, pair, share) for pair in pairs], index=[name for _, name in pairs])
 
@@ -474,7 +474,7 @@ class Frontier:
         shown = table.style.format(precision=3).format(rounded, subset=[c for c in table if "≤" in c])
         return f"{shown._repr_html_()}<p>{_what_holds(self)}</p>"
 
-# %% ../nbs/9_together/04_grid.ipynb #6f6bc5ce
+# %% ../nbs/9_together/04_grid.ipynb #dd7fb959
 def _what_holds(frontier):
     "What the numbers of a frontier mean."
     looks, sure = frontier.points.kept.count(), confidence(frontier.alpha)
@@ -482,9 +482,9 @@ def _what_holds(frontier):
             f"area: mean of the least bound over shares of {frontier.floor:g} to 1 of the start's retain score; low to "
             f"high: Student's interval over training seeds with {sure} for its row alone; what is kept is as measured.")
 
-# %% ../nbs/9_together/04_grid.ipynb #fa617a8a
+# %% ../nbs/9_together/04_grid.ipynb #58925a5b
 def frontier(
-    looks,                  # `Grid` run with a probe, or a table: name, seed, leak_rate, draws, drawn_retain of each look
+    looks,                  # `Grid` run with a probe, or a table of looks: name, seed, leak_rate, draws, drawn_retain
     start,                  # what the probe sees before the first update: leak_rate, draws, drawn_retain
     *,
     control=None,           # what it sees in a model that never saw the secrets

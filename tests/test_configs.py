@@ -36,7 +36,8 @@ def test_every_config_is_a_whole_run(name):
 
 
 def test_there_is_a_config_for_each_family_and_method():
-    wanted = {f"{family}-{method}" for family in ("phi", "smollm2", "llama2") for method in ("finetune", "GA", "GD", "NPO")}
+    methods = "finetune", "GA", "GD", "NPO"
+    wanted = {f"{family}-{method}" for family in ("phi", "smollm2", "llama2") for method in methods}
     assert wanted <= set(CONFIGS) and any(name.startswith("small-") for name in CONFIGS)
 
 

@@ -285,7 +285,8 @@ def test_a_probe_scores_as_it_is_told():
     seen = leak_probe(FORGET[:2], RETAIN[:2], leak_at=.75, **scores)(fresh())
     assert seen["drawn_forget"] == seen["drawn_retain"] == seen["greedy_retain"] == .5 and seen["leak_rate"] == 0
     recall = leak_probe(FORGET[:2], RETAIN[:2], n=8, score="rouge_l_recall", leak_at=.8)(fresh())
-    assert recall["leak_rate"] > .8 and recall["leak_bound"] == float(pooled_rate([round(16 * recall["leak_rate"])], 16))
+    leaks = round(16 * recall["leak_rate"])
+    assert recall["leak_rate"] > .8 and recall["leak_bound"] == float(pooled_rate([leaks], 16))
 
 
 def test_probing_changes_no_weight():
