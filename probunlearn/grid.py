@@ -269,7 +269,7 @@ def read_grid(
     rows = [dict(name=c["name"], split=c["split"], seed=c["seed"]) | c["row"] for c in cells]
     return Grid(rows, float(cells[0]["settings"]["options"].get("alpha", 0.01)))
 
-# %% ../nbs/9_together/04_grid.ipynb #61293c2a
+# %% ../nbs/9_together/04_grid.ipynb #7c99a41a
 def _looks(source):
     "A row for each look on one split; ValueError when they don't tell what a frontier needs."
     looks = source.looks() if isinstance(source, Grid) else pd.DataFrame(source).reset_index(drop=True)
@@ -286,7 +286,7 @@ def _joint_bounds(looks, alpha):
     def bound(rate, draws): return float(pooled_rate([round(rate * draws)], int(draws), alpha / seen.sum()))
     return [bound(*of) if ok else math.nan for ok, *of in zip(seen, looks.leak_rate, looks.draws)]
 
-# %% ../nbs/9_together/04_grid.ipynb #9dca0a2b
+# %% ../nbs/9_together/04_grid.ipynb #794bf19e
 def _staircase(
     points: pd.DataFrame,   # kept and bound of each look of one seed; without numbers where a run broke down
     start: float,           # bound at the start
@@ -306,7 +306,7 @@ def _area(stairs, floor):
     edges = np.clip(np.r_[kept, floor], floor, 1)
     return float(least @ -np.diff(edges)) / (1 - floor)
 
-# %% ../nbs/9_together/04_grid.ipynb #d0709495
+# %% ../nbs/9_together/04_grid.ipynb #9b635f26
 def _over_seeds(
     values,         # one number for each training seed
     alpha: float,
@@ -333,7 +333,7 @@ def _against(frontier, pair, share):
     names = "without", "with", "low", "high"
     return dict(seeds=len(common)) | dict(zip(names, at)) | {f"area {n}": v for n, v in zip(names, area)}
 
-# %% ../nbs/9_together/04_grid.ipynb #47d02989
+# %% ../nbs/9_together/04_grid.ipynb #d21748c7
 def _reach(frontier, name, share):
     "How many training seeds have weights that keep a share, and of how many."
     has = [any(kept[1:] >= share - 1e-9) for kept, _ in frontier.seeds(name).values()]
@@ -366,7 +366,7 @@ def _sentence(frontier, pair, share):
     changed = _change(numbers, confidence(frontier.alpha))
     return f"with {other} instead of {plain} the bound {changed}" + "".join(_reached(frontier, n, share) for n in pair)
 
-# %% ../nbs/9_together/04_grid.ipynb #83ed9d74
+# %% ../nbs/9_together/04_grid.ipynb #a8b7d0c1
 _FORMS = {"own": COLOURS["bound"], "entropy": COLOURS["bound"], "answer": COLOURS["leak"], "all": COLOURS["forget"]}
 
 def _draw_stairs(frontier, ax, name):
@@ -405,7 +405,7 @@ def _plot_frontier(frontier):
     figure.legend(handles=handles.values(), loc="outside upper center", ncols=len(handles), fontsize=8)
     return figure
 
-# %% ../nbs/9_together/04_grid.ipynb #2e6ec02c
+# %% ../nbs/9_together/04_grid.ipynb #1579b2fb
 @dataclass(repr=False)
 class Frontier:
     "What leaks at least, for what is kept."
@@ -474,7 +474,7 @@ class Frontier:
         shown = table.style.format(precision=3).format(rounded, subset=[c for c in table if "≤" in c])
         return f"{shown._repr_html_()}<p>{_what_holds(self)}</p>"
 
-# %% ../nbs/9_together/04_grid.ipynb #dd7fb959
+# %% ../nbs/9_together/04_grid.ipynb #6f6bc5ce
 def _what_holds(frontier):
     "What the numbers of a frontier mean."
     looks, sure = frontier.points.kept.count(), confidence(frontier.alpha)
@@ -482,7 +482,7 @@ def _what_holds(frontier):
             f"area: mean of the least bound over shares of {frontier.floor:g} to 1 of the start's retain score; low to "
             f"high: Student's interval over training seeds with {sure} for its row alone; what is kept is as measured.")
 
-# %% ../nbs/9_together/04_grid.ipynb #58925a5b
+# %% ../nbs/9_together/04_grid.ipynb #fa617a8a
 def frontier(
     looks,                  # `Grid` run with a probe, or a table of looks: name, seed, leak_rate, draws, drawn_retain
     start,                  # what the probe sees before the first update: leak_rate, draws, drawn_retain
