@@ -254,15 +254,17 @@ def tree_browser(
     return Explorer("tree-browser", controls, show)
 
 # %% ../nbs/4_reports/07_widgets.ipynb #d0e09374
+UNTOUCHED = -1      # where the slider stands before it was moved
+
 def _percents(shares):
-    "Shares as a list to choose from."
-    return [(f"{100 * share:g} %", share) for share in shares]
+    "Shares as a list to choose from, behind a place that is no share."
+    return [("move me", UNTOUCHED), *((f"{100 * share:g} %", share) for share in shares)]
 
 def _verdict(record, asked):
     "What a guess was worth, or that there is none yet."
     for what, guess, truth in record:
         if what == asked: return f"{asked}: you said {100 * guess:g} %, it is {100 * truth:.3g} %."
-    return f"{asked}: say it before you see it."
+    return f"{asked}: move the slider to your guess, then press the button. An untouched slider is no guess."
 
 # %% ../nbs/4_reports/07_widgets.ipynb #e8bc8c39
 def predict(
@@ -276,14 +278,44 @@ def predict(
     def show(asked, guess): return guess_figure(record), escape(_verdict(record, asked))
     box = Explorer("predict", controls, show, button=button)
     def guessed(_):
-        asked = controls["asked"].value
-        if asked not in [what for what, _, _ in record]:
-            guess, truth = controls["guess"].value, truths[asked]
+        asked, guess = controls["asked"].value, controls["guess"].value
+        if guess != UNTOUCHED and asked not in [what for what, _, _ in record]:
+            truth = truths[asked]
             record.append((asked, guess, float(truth() if callable(truth) else truth)))
         box.update()
+    def untouched(_): controls["guess"].value = UNTOUCHED       # another question, another guess
+    controls["asked"].observe(untouched, "value")
     button.on_click(guessed)
     box.record, box.button = record, button
     return box
+
+# %% ../nbs/4_reports/07_widgets.ipynb #bcbf074a
+class Exercise:
+    "One step of a lesson. ValueError when the check takes a wrong answer, or refuses the solution."
+    def __init__(
+        self,
+        solution,       # the function that is to be written
+        check,          # function of an answer: a sentence where it is right, else an AssertionError that says why not
+        wrong: list,    # (wrong answer, words that the check must say to it)
+    ):
+        self.solution, self.check = solution, check
+        right, said = self.look(solution)
+        if not right: raise ValueError(f"the solution fails: {said}")
+        for answer, why in [(lambda *_, **__: None, ""), *wrong]:
+            right, said = self.look(answer)
+            if right or why not in said: raise ValueError(f"a wrong answer gets {said!r}, and not {why!r}")
+
+    def look(self, answer):     # (whether it is right, what to say)
+        "Try an answer."
+        try: return True, self.check(answer)
+        except AssertionError as error: return False, str(error)
+        except Exception as error: return False, f"Your code stops with {type(error).__name__}: {error}"
+
+    def __call__(self, answer):     # the answer, or the solution where it isn't right
+        "Say what an answer is worth."
+        right, said = self.look(answer)
+        print(f"Right. {said}" if right else f"Not yet. {said}\nThe cells below go on with the solution.")
+        return answer if right else self.solution
 
 # %% ../nbs/4_reports/07_widgets.ipynb #358c1959
 def _board_words(rows, alpha, looks, stopped, failed):

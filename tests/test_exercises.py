@@ -1,14 +1,17 @@
-"""Every lesson ends with an exercise: a hidden reference, a starter, a check for the reader, and hidden wrong answers.
+"""Every lesson has steps to write: a hidden cell with solution and check, a starter, hint and solution folded below it,
+and a cell that checks.
 
-The starter stands behind the reference, so that the reader's own answer is what is checked. A wrong answer fails the
-check with a message that helps. nbdev_test, which leaves starters out, runs the hidden cells; here it is only seen that
-they are there and folded.
+`Exercise` itself refuses a check that takes a wrong answer, so nbdev_test, which leaves starters out, runs that; here it
+is seen that the pieces are there, in order, and folded. A lesson may also end with one exercise in the older form:
+reference, starter, check, wrong answers.
 """
 import ast
 import re
 
 import nbformat
 import pytest
+
+from probunlearn.widgets import Exercise
 
 from cells import NBS
 
@@ -57,11 +60,118 @@ def untried(wrong):
     return found
 
 
+# Steps
+
+LEAST = 5       # steps of a lesson
+FOLDED = "<details><summary>{}"
+
+
+def steps(cells):
+    "Where the starters are, among (type, source) of all cells."
+    return [i for i, (kind, source) in enumerate(cells) if kind == "code" and flagged(source, "eval: false")]
+
+
+def wrong_answers(hidden, step):
+    "The wrong answers that a hidden cell gives to `step = Exercise(…)`, or None where it makes none."
+    for node in ast.parse(hidden).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == step and ast.unparse(node.value.func) == "Exercise":
+            return next(k.value.elts for k in node.value.keywords if k.arg == "wrong")
+    return None
+
+
+def solution(markdown):
+    "The code below the word Solution."
+    found = re.search(r"<summary>Solution</summary>\n\n```python\n(.*?)\n```\n\n</details>", markdown, re.S)
+    return found[1] if found else ""
+
+
+def lacks(cells, at):
+    "What the step with its starter at `at` lacks."
+    hidden, starter, folded, check = (source for _, source in cells[at - 1:at + 3])
+    name, left = next(iter(functions(starter).items()))
+    if not is_open(getattr(left.body[-1], "value", None)): return [f"{name}: the starter is to be left open"]
+    if not (flagged(hidden, "hide") and name in functions(hidden)): return [f"no hidden solution of {name}"]
+    called = re.search(rf"^{name} = (\w+)\({name}\)$", check, re.M)
+    if not called or flagged(check, "hide"): return [f"no visible check of {name}"]
+    wrong = wrong_answers(hidden, called[1])
+    if wrong is None or len(wrong) < 3: return [f"{name}: three wrong answers are to be tried"]
+    if not all(ast.literal_eval(pair.elts[1]) for pair in wrong): return [f"{name}: a wrong answer without a message"]
+    if FOLDED.format("Hint") not in folded: return [f"{name}: no folded hint"]
+    if solution(folded) != ast.get_source_segment(hidden, functions(hidden)[name]):
+        return [f"{name}: the folded solution isn't the hidden one"]
+    return []
+
+
+def told_above(cells):
+    "Hints and solutions that stand above their starter."
+    at = set(steps(cells))
+    return [source[:40] for i, (kind, source) in enumerate(cells)
+            if kind == "markdown" and "<summary>Solution" in source and i - 1 not in at]
+
+
+def incomplete(cells):
+    "What the steps of a lesson lack, given (type, source) of its cells."
+    at = steps(cells)
+    if len(at) < LEAST: return [f"{len(at)} steps, and there should be {LEAST}"]
+    return sum((lacks(cells, i) for i in at), told_above(cells))
+
+
+def in_steps(path): return "import Exercise" in path.read_text(encoding="utf-8")
+def all_cells(path): return [(cell.cell_type, cell.source) for cell in nbformat.read(path, as_version=4).cells]
+
+
+@pytest.mark.parametrize("path", [*filter(in_steps, LESSONS)], ids=lambda path: path.stem)
+def test_steps_are_complete(path): assert incomplete(all_cells(path)) == []
+
+
+HIDDEN = """#| hide
+def f(x): return x
+
+def check_f(answer):
+    assert answer(1) == 1, 'one stays one'
+    return 'one is one'
+
+step_1 = Exercise(f, check_f, wrong=[(abs, 'one'), (min, 'one'), (max, 'one')])"""
+BELOW = "<details><summary>Hint</summary>\n\nx\n\n</details>\n\n" + \
+    "<details><summary>Solution</summary>\n\n```python\ndef f(x): return x\n```\n\n</details>"
+STEP = [("code", HIDDEN), ("code", "#| eval: false\ndef f(x): ..."), ("markdown", BELOW), ("code", "f = step_1(f)")]
+SPOILT_STEP = [
+    (0, "#| hide\n", ""), (0, "(max, 'one')", ""), (0, "'one'), (min", "''), (min"), (0, "def f", "def g"),
+    (1, "...", "return x"), (2, "Hint", "Help"), (2, "return x", "return y"), (3, "f = ", ""), (3, "f = ", "#| hide\nf = "),
+]
+
+
+@pytest.mark.parametrize("cell, old, new", SPOILT_STEP)
+def test_an_incomplete_step_is_seen(cell, old, new):
+    spoilt = list(STEP)
+    spoilt[cell] = spoilt[cell][0], spoilt[cell][1].replace(old, new, 1)
+    assert old in STEP[cell][1] and incomplete(STEP * LEAST) == []
+    assert len(incomplete(STEP * (LEAST - 1) + spoilt)) == 1
+    assert incomplete(STEP) and incomplete([*STEP * LEAST, ("markdown", BELOW)])
+
+
+def test_a_check_that_takes_a_wrong_answer_is_refused(capsys):
+    def check(answer):
+        assert answer(3) == 6, "twice 3 is 6"
+        return "Twice."
+    double = Exercise(lambda x: 2 * x, check, wrong=[(lambda x: x, "twice")])
+    assert double(abs) is double.solution and "Not yet. twice 3 is 6" in capsys.readouterr().out
+    assert double(double.solution) is double.solution and "Right. Twice." in capsys.readouterr().out
+    assert double(lambda x: x / 0) is double.solution and "ZeroDivisionError" in capsys.readouterr().out
+    for solution, wrong in ((abs, []), (lambda x: 2 * x, [(lambda x: x + x, "")]), (lambda x: 2 * x, [(abs, "no")])):
+        with pytest.raises(ValueError): Exercise(solution, check, wrong)
+
+
+# The older form
+
 def code_cells(path): return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 def code(path): return [cell.source for cell in code_cells(path) if cell.source.strip()]
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+OLDER = [path for path in LESSONS if not in_steps(path)]
+
+
+@pytest.mark.parametrize("path", OLDER, ids=lambda path: path.stem)
 def test_exercise_is_complete(path): assert complaints(code(path)) == []
 
 

@@ -249,6 +249,9 @@ def test_guesses_are_recorded_once_and_only_then_compared():
     box.controls["guess"].value = .02
     for _ in range(2): box.button.click()
     box.controls["asked"].value = "b"
+    box.button.click()                                  # the slider stands where it stood before anybody touched it
+    assert len(box.record) == 1 and "An untouched slider is no guess" in box.claim.value
+    box.controls["guess"].value = .02
     assert box.record == [("a", .02, .01)] and ".3" not in box.claim.value
     box.button.click()
     assert box.record[1] == ("b", .02, .3) and "1 of 2 guesses" in box.picture.value
