@@ -52,6 +52,8 @@ class Endpoint:
             need(self, name, "a whole number >= 1", lambda v: is_whole(v, 1))
         for name in ("per_minute", "timeout"): need(self, name, "above 0", lambda v: v > 0)
         _check_extra(self.extra)
+        # names of neutral values that the server refused; each call would ask in vain again, if it forgot them
+        object.__setattr__(self, "_refused", [])
 
     @property
     def name(self): return self.model
@@ -535,6 +537,14 @@ class _Queue:
         "Ask for the rest of a piece first of all."
         self.pieces = chain([_Piece(piece.qa, piece.first + got, piece.count - got)], self.pieces)
 
+# %% ../nbs/5_models/07_endpoint.ipynb #8c6b39d6
+_LEARNING = Lock()
+
+def _learn(endpoint, known, names):
+    "Remember neutral values that the server refused, unless another request has learnt since what this one `known`."
+    with _LEARNING:
+        if endpoint._refused == known: endpoint._refused.extend(names)
+
 # %% ../nbs/5_models/07_endpoint.ipynb #00f7b4ba
 class _Call:
     "The requests of one call, and what came of them."
@@ -542,8 +552,6 @@ class _Call:
         self.endpoint = endpoint
         self.decoding = decoding
         self.stream = seed if stream is None else stream    # what the requests' own seeds are made from
-        self.refused = []           # names of neutral values that the server refused
-        self.lock = Lock()
         self.how = dict(seed=seed, source=endpoint.source, prompt=endpoint.asked)
         bent = decoding.temperature != 1 or decoding.top_p != 1 or decoding.top_k or decoding.rule
         self.plain = not (bent or _changed(endpoint.extra) or _taken(endpoint.extra))
@@ -569,19 +577,17 @@ class _Call:
         "What the server answers, without the neutral values that it refuses."
         seed = _seed(self.stream, piece.qa.id, piece.first, piece.count)
         while True:
-            known = list(self.refused)
+            known = list(self.endpoint._refused)
             body = _body(self.endpoint, asked, self.decoding, seed=seed, n=piece.count, refused=known)
             try: return _reply(self.client, self.endpoint, path, body, gate=self.gate)
-            except _Refused as e:
-                with self.lock:
-                    if self.refused == known: self.refused += e.args        # else another request has learnt it
+            except _Refused as e: _learn(self.endpoint, known, e.args)
 
     def part(self, qa, answers):
         "Draws from answers (text, log-probability, finished), reasons why there is none for good, and None."
         texts = [answer[0] if isinstance(answer, tuple) else None for answer in answers]
         first = dict(zip(reversed(texts), reversed(answers)))       # text → its first draw
         lost = {i: answer for i, answer in enumerate(answers) if isinstance(answer, str)}
-        told = _told(self.endpoint, self.decoding, self.refused)
+        told = _told(self.endpoint, self.decoding, self.endpoint._refused)
         rule = ", ".join(filter(None, [self.decoding.rule, told]))
         d = draws_from_texts(qa.id, texts, lost=lost, decoding=replace(self.decoding, rule=rule), **self.how)
         return replace(d, logprobs=np.array([first[text][1] for text in d.answers], float),
