@@ -7,11 +7,12 @@ __all__ = ['Endpoint']
 
 # %% ../nbs/5_models/07_endpoint.ipynb #0bc5f3cd
 from collections import Counter, deque
+from contextlib import contextmanager, suppress
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from itertools import chain
-from threading import Event, Lock
+from threading import TIMEOUT_MAX, Event, Lock, Timer
 from urllib.parse import urlsplit
 import hashlib
 import json
@@ -19,6 +20,7 @@ import math
 import os
 import random
 import re
+import socket
 import time
 import warnings
 import httpx
@@ -42,7 +44,7 @@ class Endpoint:
     per_request: int = 16           # answers asked for in one request (`n`), >= 1
     workers: int = 4                # requests under way at once, >= 1
     per_minute: float = math.inf    # requests started in a minute at most, > 0
-    timeout: float = 300.0          # seconds of silence after which an answer is lost, > 0
+    timeout: float = 300.0          # seconds of silence after which an answer is lost, > 0; ten times as long in all
     tries: int = 6                  # of one request that the server doesn't take, with growing pauses, >= 1
     extra: dict = field(default_factory=dict)   # further fields of each request; None takes one away: {"seed": None}
 
@@ -301,6 +303,25 @@ def _client(endpoint):
                         timeout=httpx.Timeout(silence, pool=None), follow_redirects=False, trust_env=True,
                         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
+_LONGEST = 10           # times `timeout` that one request may take in all
+
+@contextmanager
+def _in_time(seconds):
+    "Cuts a request's connection after so long, even where bytes drip in; gives the way to watch it, and what says so."
+    streams, late = [], Event()
+    def watch(event, found):
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            streams.append(found["return_value"])
+    def cut():
+        late.set()
+        for stream in streams:
+            with suppress(OSError): socket.socket.shutdown(stream.get_extra_info("socket"), socket.SHUT_RDWR)
+    timer = Timer(min(seconds, TIMEOUT_MAX), cut)
+    timer.daemon = True
+    timer.start()
+    try: yield watch, late
+    finally: timer.cancel()
+
 _MOST = 64 * 2**20      # bytes of a reply: a hundred answers with their log-probabilities have less than a tenth
 
 def _whole(reply):
@@ -317,9 +338,17 @@ def _send(client, endpoint, path, body=None):
     "The server's reply; `httpx.RequestError` when there is none, `_Lost` when it is too long."
     address = httpx.URL(_address(endpoint, path))
     content = None if body is None else json.dumps(body).encode()
-    with client.stream("GET" if body is None else "POST", address.copy_with(query=None), content=content,
-                       headers={"Content-Type": "application/json"}, extensions=dict(target=address.raw_path)) as reply:
-        return _whole(reply)
+    seconds = _LONGEST * endpoint.timeout
+    with _in_time(seconds) as (watch, late):
+        try:
+            with client.stream("GET" if body is None else "POST", address.copy_with(query=None), content=content,
+                               headers={"Content-Type": "application/json"},
+                               extensions=dict(target=address.raw_path, trace=watch)) as reply:
+                found = _whole(reply)
+        except httpx.RequestError:
+            if not late.is_set(): raise
+        if late.is_set(): raise _Lost(f"no whole answer within {seconds:g} s")
+    return found
 
 # %% ../nbs/5_models/07_endpoint.ipynb #118ff781
 def _blotted(endpoint, text):
@@ -537,7 +566,7 @@ class _Queue:
         "Ask for the rest of a piece first of all."
         self.pieces = chain([_Piece(piece.qa, piece.first + got, piece.count - got)], self.pieces)
 
-# %% ../nbs/5_models/07_endpoint.ipynb #8c6b39d6
+# %% ../nbs/5_models/07_endpoint.ipynb #41801c0a
 _LEARNING = Lock()
 
 def _learn(endpoint, known, names):
