@@ -7,11 +7,12 @@ __all__ = ['Endpoint']
 
 # %% ../nbs/5_models/07_endpoint.ipynb #0bc5f3cd
 from collections import Counter, deque
+from contextlib import contextmanager, suppress
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from itertools import chain
-from threading import Event, Lock
+from threading import TIMEOUT_MAX, Event, Lock, Timer
 from urllib.parse import urlsplit
 import hashlib
 import json
@@ -19,6 +20,7 @@ import math
 import os
 import random
 import re
+import socket
 import time
 import warnings
 import httpx
@@ -42,7 +44,7 @@ class Endpoint:
     per_request: int = 16           # answers asked for in one request (`n`), >= 1
     workers: int = 4                # requests under way at once, >= 1
     per_minute: float = math.inf    # requests started in a minute at most, > 0
-    timeout: float = 300.0          # seconds of silence after which an answer is lost, > 0
+    timeout: float = 300.0          # seconds of silence after which an answer is lost, > 0; ten times as long in all
     tries: int = 6                  # of one request that the server doesn't take, with growing pauses, >= 1
     extra: dict = field(default_factory=dict)   # further fields of each request; None takes one away: {"seed": None}
 
@@ -52,6 +54,8 @@ class Endpoint:
             need(self, name, "a whole number >= 1", lambda v: is_whole(v, 1))
         for name in ("per_minute", "timeout"): need(self, name, "above 0", lambda v: v > 0)
         _check_extra(self.extra)
+        # names of neutral values that the server refused; each call would ask in vain again, if it forgot them
+        object.__setattr__(self, "_refused", [])
 
     @property
     def name(self): return self.model
@@ -299,6 +303,25 @@ def _client(endpoint):
                         timeout=httpx.Timeout(silence, pool=None), follow_redirects=False, trust_env=True,
                         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
+_LONGEST = 10           # times `timeout` that one request may take in all
+
+@contextmanager
+def _in_time(seconds):
+    "Cuts a request's connection after so long, even where bytes drip in; gives the way to watch it, and what says so."
+    streams, late = [], Event()
+    def watch(event, found):
+        if event in ("connection.connect_tcp.complete", "connection.start_tls.complete"):
+            streams.append(found["return_value"])
+    def cut():
+        late.set()
+        for stream in streams:
+            with suppress(OSError): socket.socket.shutdown(stream.get_extra_info("socket"), socket.SHUT_RDWR)
+    timer = Timer(min(seconds, TIMEOUT_MAX), cut)
+    timer.daemon = True
+    timer.start()
+    try: yield watch, late
+    finally: timer.cancel()
+
 _MOST = 64 * 2**20      # bytes of a reply: a hundred answers with their log-probabilities have less than a tenth
 
 def _whole(reply):
@@ -315,9 +338,17 @@ def _send(client, endpoint, path, body=None):
     "The server's reply; `httpx.RequestError` when there is none, `_Lost` when it is too long."
     address = httpx.URL(_address(endpoint, path))
     content = None if body is None else json.dumps(body).encode()
-    with client.stream("GET" if body is None else "POST", address.copy_with(query=None), content=content,
-                       headers={"Content-Type": "application/json"}, extensions=dict(target=address.raw_path)) as reply:
-        return _whole(reply)
+    seconds = _LONGEST * endpoint.timeout
+    with _in_time(seconds) as (watch, late):
+        try:
+            with client.stream("GET" if body is None else "POST", address.copy_with(query=None), content=content,
+                               headers={"Content-Type": "application/json"},
+                               extensions=dict(target=address.raw_path, trace=watch)) as reply:
+                found = _whole(reply)
+        except httpx.RequestError:
+            if not late.is_set(): raise
+        if late.is_set(): raise _Lost(f"no whole answer within {seconds:g} s")
+    return found
 
 # %% ../nbs/5_models/07_endpoint.ipynb #118ff781
 def _blotted(endpoint, text):
@@ -535,6 +566,14 @@ class _Queue:
         "Ask for the rest of a piece first of all."
         self.pieces = chain([_Piece(piece.qa, piece.first + got, piece.count - got)], self.pieces)
 
+# %% ../nbs/5_models/07_endpoint.ipynb #41801c0a
+_LEARNING = Lock()
+
+def _learn(endpoint, known, names):
+    "Remember neutral values that the server refused, unless another request has learnt since what this one `known`."
+    with _LEARNING:
+        if endpoint._refused == known: endpoint._refused.extend(names)
+
 # %% ../nbs/5_models/07_endpoint.ipynb #00f7b4ba
 class _Call:
     "The requests of one call, and what came of them."
@@ -542,8 +581,6 @@ class _Call:
         self.endpoint = endpoint
         self.decoding = decoding
         self.stream = seed if stream is None else stream    # what the requests' own seeds are made from
-        self.refused = []           # names of neutral values that the server refused
-        self.lock = Lock()
         self.how = dict(seed=seed, source=endpoint.source, prompt=endpoint.asked)
         bent = decoding.temperature != 1 or decoding.top_p != 1 or decoding.top_k or decoding.rule
         self.plain = not (bent or _changed(endpoint.extra) or _taken(endpoint.extra))
@@ -569,19 +606,17 @@ class _Call:
         "What the server answers, without the neutral values that it refuses."
         seed = _seed(self.stream, piece.qa.id, piece.first, piece.count)
         while True:
-            known = list(self.refused)
+            known = list(self.endpoint._refused)
             body = _body(self.endpoint, asked, self.decoding, seed=seed, n=piece.count, refused=known)
             try: return _reply(self.client, self.endpoint, path, body, gate=self.gate)
-            except _Refused as e:
-                with self.lock:
-                    if self.refused == known: self.refused += e.args        # else another request has learnt it
+            except _Refused as e: _learn(self.endpoint, known, e.args)
 
     def part(self, qa, answers):
         "Draws from answers (text, log-probability, finished), reasons why there is none for good, and None."
         texts = [answer[0] if isinstance(answer, tuple) else None for answer in answers]
         first = dict(zip(reversed(texts), reversed(answers)))       # text → its first draw
         lost = {i: answer for i, answer in enumerate(answers) if isinstance(answer, str)}
-        told = _told(self.endpoint, self.decoding, self.refused)
+        told = _told(self.endpoint, self.decoding, self.endpoint._refused)
         rule = ", ".join(filter(None, [self.decoding.rule, told]))
         d = draws_from_texts(qa.id, texts, lost=lost, decoding=replace(self.decoding, rule=rule), **self.how)
         return replace(d, logprobs=np.array([first[text][1] for text in d.answers], float),

@@ -140,11 +140,12 @@ def finish(
     shutil.rmtree(staged, ignore_errors=True)
 
 def _settle(staged):
-    "Push a folder's files to the disk, and list them in it."
+    "List a folder's files in it, and push them to the disk, as readable as any file that is made here."
     files = [path for path in sorted(staged.rglob("*")) if path.is_file()]
+    names = write_text(staged/_NAMES, "\n".join(path.relative_to(staged).as_posix() for path in files))
     for path in files:
+        path.chmod(names.stat().st_mode)        # safetensors makes files that only their owner may read
         with open(path, "rb") as file: DISK.sync(file)
-    write_text(staged/_NAMES, "\n".join(path.relative_to(staged).as_posix() for path in files))
 
 @contextmanager
 def replacing_folder(

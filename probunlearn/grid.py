@@ -22,7 +22,7 @@ from .bounds import confidence, rounded
 from .checks import check_alpha, checked_shard
 from .draws import fingerprint
 from .evaluation import evaluate
-from .files import write_text
+from .files import parsed, write_text
 from .models import LocalModel, add_lora
 from .plots import COLOURS
 from .questions import pooled_rate
@@ -105,9 +105,8 @@ _KEYS = {"name", "split", "seed", "row", "settings"}
 
 def _read_cell(file):
     "What a finished cell left in its file; ValueError that names a file with something else."
-    try: cell = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}): move it away, and its cell runs again") from error
+    try: cell = parsed(file.read_bytes(), file)
+    except ValueError as error: raise ValueError(f"{error}: move it away, and its cell runs again") from error
     if not isinstance(cell, dict) or not _KEYS <= cell.keys():
         raise ValueError(f"{file} is no cell of a grid: move it away")
     return cell

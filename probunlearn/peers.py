@@ -17,19 +17,14 @@ import warnings
 import zipfile
 import numpy as np
 from .data import file_text
-from .files import json_lines, write_text
+from .files import json_lines, parsed, write_text
 from .tables import accepted, asked, said, tidy
 from .tofu import TofuSplit, forget_quality, model_utility
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #51ca19cb
-def _load(path):
-    "A JSON file; ValueError names the file when it is none."
-    try: return json.loads(file_text(path))
-    except json.JSONDecodeError as e: raise ValueError(f"{path} is not a JSON file ({e})") from e
-
 def _object(path, what):
     "The object in a JSON file; ValueError when it holds something else."
-    found = _load(path)
+    found = parsed(file_text(path), path)
     if isinstance(found, dict): return found
     raise ValueError(f"{path} is no {what}: it holds a {type(found).__name__}, not an object")
 
@@ -214,7 +209,7 @@ def read_summary(
     path,               # a …_SUMMARY.json
 ) -> dict:              # metric -> float
     "Read open-unlearning's summary; ValueError when it is something else."
-    numbers = _load(path)
+    numbers = parsed(file_text(path), path)
     if not isinstance(numbers, dict) or not all(isinstance(v, (int, float)) for v in numbers.values()):
         raise ValueError(f"{path} is no summary: it must map metrics to numbers")
     return numbers
@@ -350,7 +345,7 @@ def _inspect_samples(path):
     if not zipfile.is_zipfile(path): return _object(path, "log of inspect").get("samples") or []
     with open(path, "rb") as file, zipfile.ZipFile(path) as archive:
         infos = [info for info in archive.infolist() if re.fullmatch(r"samples/.*\.json", info.filename)]
-        try: return [json.loads(_member(archive, info, file)) for info in infos]
+        try: return [parsed(_member(archive, info, file), f"{path}, {info.filename}") for info in infos]
         except (NotImplementedError, RuntimeError, OSError) as e:
             raise ValueError(f"{path} is compressed in a way that Python here can't read ({e}); "
                              "turn it into JSON with `inspect log convert --to json`") from e

@@ -139,11 +139,18 @@ def _check_shape(there):
     if not all(isinstance(rows, list) for rows in there["questions"].values()):
         raise ValueError("its field questions must hold a list for each group")
 
+def _check_whole(there):
+    "ValueError when a run.json isn't as it was written; earlier versions wrote no checksum."
+    notes = {name: value for name, value in there.items() if name != "checksum"}
+    if there.get("checksum", fingerprint(notes)) != fingerprint(notes):
+        raise ValueError("its checksum isn't that of its content, so something has changed it: put a copy in its place")
+
 def _parsed(folder, there):
     "A run from what its run.json holds."
     _check_shape(there)
     questions = {group: [_record(row) for row in rows] for group, rows in there["questions"].items()}
     check_unique([qa for rows in questions.values() for qa in rows])
+    _check_whole(there)
     return Run(there["settings"], folder, questions, planned=there["planned"], looks=there["looks"], made=there["made"])
 
 # %% ../nbs/1_records/05_runs.ipynb #1761a8a8
@@ -163,6 +170,7 @@ def _write(run):
     "Put run.json in its place, whole."
     questions = {group: [asdict(qa) for qa in qas] for group, qas in run.questions.items()}
     notes = dict(settings=run.settings, planned=run.planned, looks=run.looks, made=run.made, questions=questions)
+    notes["checksum"] = fingerprint(notes)
     write_text(run.folder/"run.json", json.dumps(notes, indent=1, ensure_ascii=False))
 
 @contextmanager

@@ -17,6 +17,7 @@ import re
 # %% ../nbs/4_reports/08_verification.ipynb #4821fddf
 from . import __version__
 from .bounds import Bound, rounded
+from .files import parsed
 from .page import html_page, picture
 from .reading import both_asked, control_asked, control_of
 from .report import SCHEMA, Report, as_json
@@ -61,8 +62,7 @@ class Verification:
 # %% ../nbs/4_reports/08_verification.ipynb #26ed486e
 def _said(path):
     "What a report's JSON says; ValueError when it isn't one that this version reads."
-    try: data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{path} is no JSON ({error})") from error
+    data = parsed(Path(path).read_bytes(), path)
     schema = data.get("schema") if isinstance(data, dict) else None
     lacking = sorted({"name", "claims", "score", "leak_at", "bounds", "questions", "how"} - set(data if schema else ()))
     if schema == SCHEMA["schema"] and not lacking: return data

@@ -124,6 +124,7 @@ def test_folders_of_an_earlier_version_and_broken_neighbours(tmp_path):
     filled(tmp_path/"run")
     for n in (16, 32): report_run(tmp_path/"run", n=n)
     there = json.loads((tmp_path/"run"/"run.json").read_text())
+    del there["checksum"]
     for entry in there["looks"]: del entry["parts"], entry["anytime"]
     (tmp_path/"run"/"run.json").write_text(json.dumps(there))
     (tmp_path/"broken").mkdir()

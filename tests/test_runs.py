@@ -126,6 +126,31 @@ def test_a_broken_description_is_named_and_left_alone(tmp_path, text):
     assert (tmp_path/"run.json").read_text() == text and len(list(tmp_path.glob("*.parquet"))) == 8
 
 
+def test_a_flipped_bit_in_a_description_is_named_or_changes_nothing(tmp_path):
+    "Blanks and the checksum's own name may flip; what the run says may not."
+    filled(tmp_path)
+    report_run(tmp_path, n=8)
+    file, right = tmp_path/"run.json", read_run(tmp_path)
+    whole, found = file.read_bytes(), []
+    for at in range(0, len(whole), 7):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1:])
+        try: assert read_run(tmp_path) == right
+        except ValueError as error: found.append(str(error))
+    assert all(str(file) in said and "nothing was changed" in said for said in found)
+    assert sum("its checksum isn't that of its content" in said for said in found) > 20
+
+
+def test_a_description_without_checksum_is_of_an_earlier_version(tmp_path):
+    filled(tmp_path)
+    right = read_run(tmp_path)
+    there = json.loads((tmp_path/"run.json").read_text())
+    assert there.pop("checksum")
+    (tmp_path/"run.json").write_text(json.dumps(there))
+    assert read_run(tmp_path) == right
+    report_run(tmp_path, n=8)                       # a look is written down, and sealed from now on
+    assert "checksum" in json.loads((tmp_path/"run.json").read_text())
+
+
 def test_a_foreign_parquet_file_is_named(tmp_path):
     import pyarrow as pa, pyarrow.parquet as pq
     run = filled(tmp_path)
@@ -275,10 +300,9 @@ def test_a_plan_is_kept_and_old_folders_are_read(tmp_path):
         and report_run(tmp_path, n=16).looks == 2
     )
     with pytest.raises(ValueError, match="another plan of looks"): open_run(tmp_path, SETTINGS, QAS, planned=[16, 40])
-    old = json.loads((tmp_path / "run.json").read_text()) | dict(
-        planned=2
-    )  # as folders were before plans named their n's
-    (tmp_path/"run.json").write_text(json.dumps(old | dict(looks=old["looks"][1:])))
+    old = json.loads((tmp_path/"run.json").read_text())
+    del old["checksum"]                             # as folders were before plans named their n's
+    (tmp_path/"run.json").write_text(json.dumps(old | dict(planned=2, looks=old["looks"][1:])))
     assert not report_run(tmp_path, n=32).anytime and report_run(tmp_path, n=20).anytime
 
 

@@ -92,7 +92,7 @@ def test_thresholds_are_met_exactly_by_key_words():
 
 
 @pytest.mark.skipif(not LOGS, reason="PROBUNLEARN_TEST_DATA is not set, or holds no tofu_eval_logs")
-@pytest.mark.parametrize("path", LOGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LOGS, ids=[path.stem for path in LOGS])
 def test_rouge_l_recall_equals_the_stored_logs(path):
     checked = 0
     for log in json.loads(path.read_text(encoding="utf-8")).values():

@@ -306,7 +306,7 @@ def test_a_report_that_lies_elsewhere(run, tmp_path):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", "schema is None"),
         ('{"schema": "probunlearn.board/1"}', "board"),
         ('{"schema": "probunlearn.report/2"}', "reads probunlearn.report/1"),

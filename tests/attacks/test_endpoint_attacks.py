@@ -1,6 +1,10 @@
 """What a server may send, and what may stand in its address: a malformed answer is one lost draw, never an abort."""
 import json
+import socket
+import threading
+import time
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -118,6 +122,46 @@ def test_a_malformed_reply_is_lost_by_name_and_storable(name, script, tmp_path):
     d = read_run(tmp_path).draws(QAS[0])
     assert set(d.lost) == {0, 1, 2, 3} and all(sentence in why and len(why) < 600 for why in d.lost.values()), d.lost
     assert read_run(tmp_path).draws(QAS[1]).texts == list("abcd")           # the others are kept
+
+
+def dripping(reply, every=.05):
+    "A server that sends one byte after the other, and its address."
+    listener = socket.create_server(("127.0.0.1", 0))
+    def drip(connection):
+        with connection, suppress(OSError):
+            connection.recv(2**16)
+            for byte in reply:
+                connection.sendall(bytes([byte]))
+                time.sleep(every)
+    def serve():
+        with suppress(OSError):
+            while True: threading.Thread(target=drip, args=(listener.accept()[0],), daemon=True).start()
+    threading.Thread(target=serve, daemon=True).start()
+    return listener, f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+
+HEAD, ANSWER = b"HTTP/1.1 200 OK\r\n", json.dumps(choices("yes")).encode()
+DRIPS = {
+    "a body without end": HEAD + b"\r\n" + b" " * 10**4,
+    "a body of a length": HEAD + b"Content-Length: 9999\r\n\r\n" + b" " * 10**4,
+    "an answer, then blanks": HEAD + b"\r\n" + ANSWER + b" " * 10**4,
+    "headers": HEAD + b"a: b\r\n" * 2000,
+    "a status": b"HTTP/1.1 " + b"2" * 10**4,
+}
+
+
+@pytest.mark.parametrize("name", DRIPS)
+def test_a_reply_that_drips_for_ever_is_cut(name):
+    listener, url = dripping(DRIPS[name])
+    begun = time.monotonic()
+    with listener, pytest.warns(RuntimeWarning, match="no whole answer within 1 s"):
+        d = Endpoint(url, "m", per_request=1, timeout=.1).draw(QAS[:1], 1)[0]
+    assert .9 < time.monotonic() - begun < 10 and not d.answers and d.lost
+
+
+def test_a_reply_that_drips_to_its_end_is_an_answer():
+    listener, url = dripping(HEAD + f"Content-Length: {len(ANSWER)}\r\n\r\n".encode() + ANSWER, every=.001)
+    with listener: assert Endpoint(url, "m", per_request=1, timeout=1).draw(QAS[:1], 1)[0].texts == ["yes"]
 
 
 def test_a_reply_without_end_is_stopped(script, monkeypatch):

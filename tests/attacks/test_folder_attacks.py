@@ -93,6 +93,9 @@ RUNS = {
     "question of number": (changed(questions=dict(forget=[dict(ROW, question=7)])), "QA.question must be"),
     "key words of numbers": (changed(questions=dict(forget=[dict(ROW, keywords=[1])])), "QA.keywords must be"),
     "question twice": (changed(questions=dict(forget=[ROW, ROW])), "duplicate question id 'q0'"),
+    "another seed": (lambda folder: changed(settings=dict(read_run(folder).settings, seed=1))(folder), "its checksum"),
+    "a look that is gone": (changed(looks=[]), "its checksum isn't that of its content"),
+    "a checksum of nothing": (changed(checksum=None), "its checksum isn't that of its content"),
     "in both groups": (changed(questions=dict(forget=[ROW], retain=[ROW])), "duplicate question id 'q0'"),
 }
 
