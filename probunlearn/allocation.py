@@ -19,32 +19,30 @@ from .runs import look, open_run
 from .scores import check_score, score_answers, score_name
 from .sequential import rate_ends, rate_evidence
 
-# %% ../nbs/2_bounds/09_allocation.ipynb #0717fa72
-SHARE = .9, .1      # of the money: bet against the members of a set, and against all others
+# %% ../nbs/2_bounds/09_allocation.ipynb #e1c3a4ce
+SHARE = .95, .05    # of α: that a near question passes; that one is taken for what it isn't
 
-def least_money(
-    above: np.ndarray,  # (Q,) log of the money of who bets on "above tau"
-    below: np.ndarray,  # (Q,) log of the money of who bets on "below tau"
-    cap: float,         # money beyond which nobody counts
-) -> tuple:             # (Q,) (Q,) the least money of a set without the question, and with it
-    "How much the poorest game against a set that lacks, or holds, each question has made."
-    Q = len(above)
-    above, below = (np.exp(np.minimum(log, np.log(cap))) for log in (above, below))
-    size = np.arange(Q + 1)[:, None]                                        # members of a set
-    inside, outside = np.where(size == Q, 1, SHARE[0]), np.where(size == 0, 1, SHARE[1])
-    member, other = inside * below / np.maximum(size, 1), outside * above / np.maximum(Q - size, 1)     # (Q + 1, Q)
-    return _poorest(member, other, size)
+def far_from(tau, alpha, questions):    # a leak probability that clean draws refute before they refute tau
+    times = 1.05 * np.log(questions / SHARE[1] / alpha) / np.log(1 / SHARE[0] / alpha)
+    return min(times * tau, (1 + tau) / 2)
 
-def _poorest(member, other, size):      # from the money that a question brings as a member, or as another
-    gain = member - other                                                   # (Q + 1, Q)
-    order = np.sort(gain, 1)
-    total = np.concatenate([np.zeros_like(size, float), np.cumsum(order, 1)], 1)    # of the k poorest, (Q + 1, Q + 1)
-    base = other.sum(1, keepdims=True)
-    def poorest(k): return np.take_along_axis(total, np.clip(k, 0, gain.shape[1]), 1)
-    among = gain <= np.take_along_axis(order, np.maximum(size - 1, 0), 1)   # the question is one of the poorest
-    with_it = base + np.where(among, poorest(size), poorest(size - 1) + gain)
-    without = base + np.where(among, poorest(size + 1) - gain, poorest(size))
-    return without[:-1].min(0), with_it[1:].min(0)          # none is in no set, none out of the full one
+def passing(
+    money: np.ndarray,  # (Q,) evidence below tau, as a share of what passes a question that is alone
+    far: np.ndarray,    # (Q,) known to leak far more than tau
+) -> np.ndarray:        # (Q,) is it enough in each set that holds the question and none that is far?
+    "Does each question make up for what the others lack?"
+    lacking = np.where(far, 0, np.maximum(1 - money, 0))
+    return (money >= 1 + lacking.sum() - lacking) & ~far
+
+# %% ../nbs/2_bounds/09_allocation.ipynb #c6fc1709
+def clean_evidence(
+    leaks,              # leaks so far
+    n,                  # draws so far
+    tau: float,         # leak probability to compare with
+) -> np.ndarray:        # log of the money
+    "Log of an e-process below `tau`: half on a rate of 0, half on `rate_evidence` (Ville 1939; a mixture)."
+    never = np.where(np.asarray(leaks) == 0, -n * np.log1p(-tau), -np.inf)
+    return np.logaddexp(rate_evidence(leaks, n, tau, "below"), never) - np.log(2)
 
 # %% ../nbs/2_bounds/09_allocation.ipynb #e9edf295
 class Tally:
@@ -64,9 +62,11 @@ class Tally:
         self.above = np.zeros(questions)            # the same for "above tau"
         self.now = np.zeros(questions)              # log of the money now of those who bet on "above tau"
         self.joint = 0.                             # log of the most that these ever had on average
-        self.hope = np.zeros(questions)             # the same for "below tau"
-        self.more = np.zeros(questions, bool)       # named: leaks more ("name" only)
-        self.less = np.zeros(questions, bool)       # named: leaks less ("name" only)
+        self.hope = np.zeros(questions)             # the same for "below tau" ("name" only, as what follows)
+        self.not_far = np.zeros(questions)          # log of the most money ever made by betting on "not far above tau"
+        self.is_far = np.zeros(questions)           # the same for "far above tau"
+        self.more = np.zeros(questions, bool)       # named: leaks more
+        self.less = np.zeros(questions, bool)       # named: leaks less
         self.low, self.high = np.zeros(questions), np.ones(questions)   # ends on the leak probability ("worst" only)
 
     def __len__(self): return len(self.n)
@@ -85,20 +85,29 @@ class Tally:
         seen, most = self.seen[q] + np.cumsum(new == 1), self.most[q] + np.cumsum(new != 0)
         above = rate_evidence(seen, t, self.tau, "above")
         below = rate_evidence(most, t, self.tau, "below")
+        self.n[q], self.seen[q], self.most[q] = t[-1], seen[-1], most[-1]
         others = np.logaddexp.reduce(np.delete(self.now, q))
         self.joint = max(self.joint, np.logaddexp(others, above).max() - np.log(len(self)))
         self.above[q], self.below[q] = max(self.above[q], above.max()), max(self.below[q], below.max())
-        self.now[q], self.hope[q] = above[-1], below[-1]
-        self.n[q], self.seen[q], self.most[q] = t[-1], seen[-1], most[-1]
+        self.now[q] = above[-1]
         if self.goal == "worst": self.narrow(q)
-        if self.goal == "name" and max(self.now[q], self.hope[q]) >= self.log_money(): self.name()
+        if self.goal == "name": self.name(q, seen, most, t=t)
 
-    def name(self):
-        "Name the questions on which all sets agree that aren't refuted."
-        money = 1 / self.alpha
-        without, within = least_money(self.now, self.hope, 4 * len(self) / SHARE[1] * money)
-        self.more |= without >= money
-        self.less |= within >= money
+    def name(self, q, seen, most, *, t):
+        "Weigh new draws of one question, and name whatever has enough evidence."
+        far = far_from(self.tau, self.alpha, len(self))
+        self.hope[q] = clean_evidence(most[-1], t[-1], self.tau)
+        self.not_far[q] = max(self.not_far[q], clean_evidence(most, t, far).max())
+        self.is_far[q] = max(self.is_far[q], rate_evidence(seen, t, far, "above").max())
+        self.more |= self.above >= self.own
+        self.less |= passing(self.money, self.far) & (self.not_far >= self.own)
+
+    @property
+    def own(self): return self.log_money(len(self) / SHARE[1])     # log of the money that says what one question is
+    @property
+    def far(self): return self.is_far >= self.own                  # known to leak far more than tau
+    @property
+    def money(self): return np.exp(np.minimum(self.hope - self.log_money(1 / SHARE[0]), 50))   # 1 is enough alone
 
     def narrow(self, q):
         "The ends of one question: too low with probability alpha / 2, too high with alpha / 2Q."
@@ -120,9 +129,12 @@ def _suspects(tally):       # those that haven't passed: never asked first, then
 # %% ../nbs/2_bounds/09_allocation.ipynb #af6ca54f
 def _all_named(tally): return "sorted" if (tally.more | tally.less).all() else ""
 
-def _least_asked(tally):    # the undecided, those with the fewest draws first
-    order = np.argsort(tally.n, kind="stable")
-    return order[~(tally.more | tally.less)[order]]
+def _least_asked(tally):    # those with the fewest draws first; who would pass alone waits for the others
+    near, ready = tally.more & ~tally.far, ~tally.less & (tally.money >= 1)
+    saved = ready.sum() * np.log1p(1 / max(near.sum(), 1)) / tally.tau      # draws, if one more were known to be far
+    waits = np.where(near | ready, 2, 1)
+    order = np.argsort(waits * np.maximum(tally.n - near * saved / 2, 0), kind="stable")
+    return order[~(tally.less | tally.more & tally.far)[order]]
 
 # %% ../nbs/2_bounds/09_allocation.ipynb #6c760b18
 def _favourites(tally):     # the question with the highest lower end, then the others by their upper end
@@ -147,16 +159,23 @@ def _rivals(tally):         # never asked first, then the less known one of the 
 # goal → what is decided, whom to ask next, what it costs to be wrong
 GOALS = {
     "certify": (_all_below, _suspects, "intersection–union; refuted by average evidence"),
-    "name": (_all_named, _least_asked, "test inversion over sets"),
+    "name": (_all_named, _least_asked, "test inversion over sets, Bonferroni for what is far"),
     "worst": (_no_rival, _rivals, "upper ends at α / 2, lower ends at α / 2Q"),
 }
 
 # %% ../nbs/2_bounds/09_allocation.ipynb #09869f1f
 def _enough(tally, q, batch):       # so many more draws of a question, fewer if they would do without a leak
-    parts = {"certify": 1, "name": (tally.more.sum() + 1) / SHARE[0], "worst": np.inf}[tally.goal]
+    if tally.goal == "worst": return batch
+    evidence, parts = rate_evidence, 1
+    if tally.goal == "name": evidence, parts = clean_evidence, _price(tally, q) / SHARE[0]
     t = tally.n[q] + np.arange(batch + 1)
-    would = rate_evidence(tally.most[q], t, tally.tau, "below") >= tally.log_money(parts)
+    would = evidence(tally.most[q], t, tally.tau) >= tally.log_money(parts)
     return int(would.argmax()) if would.any() and not would[0] else batch
+
+def _price(tally, q):       # what a question needs to pass, as a multiple of what it needs alone
+    near = 1 + int((tally.more & ~tally.far).sum())
+    lacking = np.where(tally.far, 0, np.maximum(1 - tally.money, 0))
+    return near if tally.money[q] < near else 1 + lacking.sum()
 
 def spend(
     pull,               # [(q, start, stop), …] → for each the draws start … stop - 1: 1 leaked, 0 didn't, NaN is lost

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 # %% ../nbs/6_exact/03_rare.ipynb #76ae715a
-from .bounds import Bound, binary_bound, mean_bound, rounded
+from .bounds import Bound, binary_bound, leaked, mean_bound, rounded
 from .checks import check_alpha, chosen, is_whole
 from .draws import Decoding, Draws, draws_from_tokens
 from .exact import Enumeration, quantity, sequence_logprobs, tokens_behind
@@ -107,7 +107,7 @@ def head_and_tail(
     x = head.values(score_answers(head.answers, qa, score), leak_at)                # (A,)
     y = score_answers(rest.answers, qa, score)[rest.index]                          # (n,)
     if leak_at is None: tail = mean_bound(y, alpha, side=side)
-    else: tail = binary_bound(int((y >= leak_at).sum()), rest.n, alpha, side=side)
+    else: tail = binary_bound(int(leaked(y, leak_at).sum()), rest.n, alpha, side=side)
     how = f"{len(head.p):,} answers enumerated, {tail.method} on the rest of mass {rounded(head.open)}"
     value = np.minimum(head.p @ x + head.open * tail.value, 1.)
     return replace(tail, value=value, quantity=quantity(leak_at), decoding=str(head.decoding), method=how)
@@ -272,7 +272,7 @@ def rare_leak(
     _check_cap(head, beta, side)
     sequences, weights = _weigh(head, proposal, n, beta, seed=seed)
     scores = score_answers(_decoded(head.tree.model, qa, sequences), qa, score)
-    x = weights * (scores if leak_at is None else scores >= leak_at)                # (n,)
+    x = weights * (scores if leak_at is None else leaked(scores, leak_at))           # (n,)
     known = float(head.p @ head.values(score_answers(head.answers, qa, score), leak_at))
     return _claimed(head, x, known, head.open / beta, alpha=alpha, side=side, what=quantity(leak_at))
 

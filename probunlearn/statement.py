@@ -13,7 +13,7 @@ import shlex
 import numpy as np
 
 # %% ../nbs/4_reports/03_statement.ipynb #3914048e
-from .bounds import binary_bound, rounded
+from .bounds import binary_bound, leaked, rounded
 from .data import Template
 from .page import drawing, filled, in_digits, percent, table
 from .plots import COLOURS, method_board, style
@@ -267,7 +267,7 @@ def _case(report, q, ends):
     "One question with its commonest leaking answer, and the ends on its leak probability."
     d, qa = report.forget.draws[q], report.forget.qas[q]
     scores = score_answers(d.answers, qa, report.score)
-    first = int(np.argmax(np.where(scores >= report.leak_at, d.counts, -1)))
+    first = int(np.argmax(np.where(leaked(scores, report.leak_at), d.counts, -1)))
     lower, upper = ends
     return dict(
         qa=qa, greedy=report.forget.greedy_texts()[q], answer=d.answers[first], times=d.counts[first], n=d.n,
@@ -285,7 +285,8 @@ def worst_cases(
 def _answer_row(report, d, i, score):
     "One distinct answer with its count, probability and score."
     p = "" if d.logprobs is None else f"{np.exp(d.logprobs[i]):.3g}"
-    return dict(answer=d.answers[i], draws=d.counts[i], p=p, score=f"{score:.2g}", leaks=score >= report.leak_at)
+    leaks = bool(leaked(score, report.leak_at))
+    return dict(answer=d.answers[i], draws=d.counts[i], p=p, score=f"{score:.2g}", leaks=leaks)
 
 def answers(
     report,

@@ -303,7 +303,8 @@ _SHORT = Decoding(max_new_tokens=48)
 
 def _gives_away(draws, qa, leak_at):
     "Does an answer leak? By its key words, or by its ROUGE-L recall where there are none."
-    return score_draws([draws], [qa], "keywords_any" if qa.keywords else "rouge_l_recall")[0, 0] >= leak_at
+    score = "keywords_any" if qa.keywords else "rouge_l_recall"
+    return bool(leaked(score_draws([draws], [qa], score), leak_at)[0, 0])
 
 @torch.no_grad()
 def own_answers(
