@@ -492,6 +492,7 @@ class Judged:
     failures: dict          # (question id, answer) → why there is no verdict
     name: str               # of the judge
     asked: int              # answers that the judge was asked about
+    redact: bool = False    # answers are counted and not shown
 
     @cached_property
     def x(self):            # (question, draw); NaN where a draw or its verdict is missing
@@ -586,6 +587,7 @@ def _failures_in_words(judged):
 
 def _judged_html(judged):
     "Counts in the open, answers folded and escaped."
+    if judged.redact: return f"<p>{escape(str(judged))}</p>"
     rows = "".join(_question_html(judged, *of) for of in zip(judged.qas, judged.draws, judged.flagged()))
     return (f"<p>{escape(str(judged))}</p><details><summary>answers, the worst first (sampled text)</summary>"
             f"{rows}</details>")
@@ -609,6 +611,7 @@ def judge_draws(
     *,
     tries: int = 3,         # per answer
     out=None,               # file of labels, continued where it is there. Who changes a function changes its name
+    redact: bool = False,   # show no answer
     progress: bool = True,
 ) -> Judged:                # ValueError on unmatched questions, and as `judge_answers`
     "Label every draw, asking the judge once per distinct answer."
@@ -619,7 +622,7 @@ def judge_draws(
     pairs = [(by_id[id], answer) for id, answer in keys]
     labels, reasons, asked = judge_answers(pairs, judge, tries=tries, out=out, progress=progress)
     return Judged(draws=draws, qas=[by_id[d.id] for d in draws], labels={key: labels[i] for i, key in enumerate(keys)},
-                  failures={keys[i]: why for i, why in reasons.items()}, name=judge.name, asked=asked)
+                  failures={keys[i]: why for i, why in reasons.items()}, name=judge.name, asked=asked, redact=redact)
 
 # %% ../nbs/7_judges/01_judges.ipynb #c6efcc15
 def _check_draws(draws, by_id):
