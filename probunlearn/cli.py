@@ -204,7 +204,7 @@ def _evaluate(command):
     if letters: _print_options(command, model, qas)
     control = _control(command, template, rule)
     report = evaluate(asked, qas, out=out, retain=kept, name=command.name or command.model, progress="bar",
-                      control=control, **how)
+                      control=control, redact=command.redact, **how)
     if report is None: return
     report.how["command"] = as_command("evaluate", command)
     print("\n".join(f"• {claim}" for claim in report.claims))
@@ -260,6 +260,8 @@ class Evaluate:
     "the model's name in the report; default: --model"
     control: str = None
     "folder or hub id of a model that can't know the answers: what leaks is stated net of it, too"
+    redact: bool = False
+    "the report counts answers and shows none; the run folder keeps them"
 
     def run(self): _evaluate(self)
 

@@ -236,6 +236,7 @@ def evaluate(
     looks=None,                         # n's that will be reported on, planned before: [512, 2048]; how many; or "anytime"
     shard: tuple = None,                # (i, N): draw the i-th of N parts; None: torchrun's, else everything
     control=None,                       # a model that can't know the answers: claims are stated net of it, too
+    redact: bool = False,               # the report shows no answer and no reference; the run's folder keeps them
     progress=True,                      # False is silent; "bar": how the model is asked was said before
 ) -> Report:                            # None while others still draw
     "Draw answers, score them, bound what leaks; ValueError before any work on bad settings or another run in `out`."
@@ -254,7 +255,7 @@ def evaluate(
     floor = _draw_control(run, control, n, seed=control_seed(seed), **how) if control else None
     if any(_unfinished(each, of, shard) for each, of in [(run, groups), (floor, dict(forget=n))] if each): return None
     clear_leftovers(run)
-    how = dict(source=getattr(model, "source", model.name))
+    how = dict(source=getattr(model, "source", model.name), redact=redact)
     if control: how |= dict(control=floor, control_source=getattr(control, "source", control.name))
     return report_run(run, n=n, score=score, leak_at=leak_at, alpha=alpha, name=name or model.name, n_retain=n_retain,
                       **how)

@@ -20,10 +20,11 @@ import re
 import time
 import numpy as np
 import torch
+from scipy import special
 from tqdm import tqdm
 
 # %% ../nbs/7_judges/01_judges.ipynb #66b4cecc
-from .bounds import binary_bound, leaked, rounded
+from .bounds import Bound, binary_bound, leaked, rounded
 from .data import QA, Template, behind_thought, check_unique
 from .draws import Decoding, _chosen, fingerprint
 from .files import alone, json_lines, write_text
@@ -492,6 +493,7 @@ class Judged:
     failures: dict          # (question id, answer) → why there is no verdict
     name: str               # of the judge
     asked: int              # answers that the judge was asked about
+    redact: bool = False    # answers are counted and not shown
 
     @cached_property
     def x(self):            # (question, draw); NaN where a draw or its verdict is missing
@@ -586,6 +588,7 @@ def _failures_in_words(judged):
 
 def _judged_html(judged):
     "Counts in the open, answers folded and escaped."
+    if judged.redact: return f"<p>{escape(str(judged))}</p>"
     rows = "".join(_question_html(judged, *of) for of in zip(judged.qas, judged.draws, judged.flagged()))
     return (f"<p>{escape(str(judged))}</p><details><summary>answers, the worst first (sampled text)</summary>"
             f"{rows}</details>")
@@ -609,6 +612,7 @@ def judge_draws(
     *,
     tries: int = 3,         # per answer
     out=None,               # file of labels, continued where it is there. Who changes a function changes its name
+    redact: bool = False,   # show no answer
     progress: bool = True,
 ) -> Judged:                # ValueError on unmatched questions, and as `judge_answers`
     "Label every draw, asking the judge once per distinct answer."
@@ -619,7 +623,7 @@ def judge_draws(
     pairs = [(by_id[id], answer) for id, answer in keys]
     labels, reasons, asked = judge_answers(pairs, judge, tries=tries, out=out, progress=progress)
     return Judged(draws=draws, qas=[by_id[d.id] for d in draws], labels={key: labels[i] for i, key in enumerate(keys)},
-                  failures={keys[i]: why for i, why in reasons.items()}, name=judge.name, asked=asked)
+                  failures={keys[i]: why for i, why in reasons.items()}, name=judge.name, asked=asked, redact=redact)
 
 # %% ../nbs/7_judges/01_judges.ipynb #c6efcc15
 def _check_draws(draws, by_id):
@@ -642,3 +646,29 @@ def calibrate_judge(
     labels, _, _ = judge_answers([(qa, answer) for qa, answer, _ in labelled], judge, progress=False)
     said = [labels[i] for i in range(len(labelled))]
     return calibrate([harmful for *_, harmful in labelled], said, harm_at=harm_at, judge=judge.name)
+
+# %% ../nbs/7_judges/01_judges.ipynb #c17b21f9
+def kappa_interval(
+    calibration: Calibration,   # a judge beside labels, or one who labels beside another
+    alpha: float = 0.01,        # chance that the interval is wrong, where there are many labels of both kinds
+) -> Bound:                     # two-sided; NaN where chance alone agrees always
+    "Interval on agreement beyond chance among answers with a verdict (Fleiss, Cohen, Everitt 1969; asymptotic)."
+    of = calibration
+    counts = np.array([[of.caught, of.missed], [of.alarms, of.passed]], float)
+    kappa, error = _kappa(counts / counts.sum(), counts.sum())
+    reach = special.ndtri(1 - alpha / 2) * error
+    return Bound(np.clip([kappa - reach, kappa + reach], -1, 1), alpha, "two-sided", "normal approximation",
+                 n=int(counts.sum()), quantity="agreement beyond chance (κ)",
+                 scope="over all answers of which the labelled ones are a random sample, where these are many")
+
+def _kappa(p, n):
+    "κ and its standard error from the shares p (2, 2) of n answers."
+    rows, columns = p.sum(1), p.sum(0)
+    agree, chance = np.trace(p), rows @ columns
+    if chance == 1: return np.nan, np.nan
+    kappa = (agree - chance) / (1 - chance)
+    spread = (columns[:, None] + rows)**2                               # [i, j]: share of i in columns, of j in rows
+    diagonal = (np.diag(p) * (1 - (rows + columns) * (1 - kappa))**2).sum()
+    beside = (1 - kappa)**2 * ((p * spread).sum() - np.diag(p * spread).sum())
+    variance = (diagonal + beside - (kappa - chance * (1 - kappa))**2) / (n * (1 - chance)**2)
+    return kappa, np.sqrt(max(variance, 0))

@@ -42,6 +42,8 @@ def said(
     "An answer, or that there is none."
     return "no answer came" if text is None else text
 
+REDACTED = "[redacted]"         # what stands for an answer that is counted and not shown
+
 # %% ../nbs/4_reports/02_page.ipynb #69e6c8eb
 def prompt_of(
     draws,
@@ -127,7 +129,7 @@ def with_marks(
     qa,
 ) -> str:               # HTML: the answer escaped, what gives it away in <mark>
     "An answer with the leaking spans marked."
-    return said(text) if text is None else piece("marked", parts(text, qa))
+    return said(text) if text in (None, REDACTED) else piece("marked", parts(text, qa))
 
 # %% ../nbs/4_reports/02_page.ipynb #6686d5b4
 def _cell(value, column=""):

@@ -71,6 +71,7 @@ def report_run(
     name: str = "model",        # the model's name in tables
     n_retain: int = None,       # draws per retain question; None: as many as every one has
     control: Run = None,        # the control's run; default: the one in the folder, where it has as many draws
+    redact: bool = False,       # show no answer and no reference
     **how,                      # more provenance
 ) -> Report:                    # ValueError while draws are missing, FileNotFoundError when there is no run
     "Report on the draws of a run, and write down that somebody looked."
@@ -91,7 +92,8 @@ def report_run(
     known = other_reports(run, dict(n=n, questions=len(forget.qas), parts=parts, anytime=anytime) | what)
     return Report(
         name, forget, retain, score=score, leak_at=leak_at, alpha=alpha / parts, looks=parts, anytime=anytime,
-        known=known, control=floor, control_name=control_called(control), how=_provenance(run, n, forget, retain) | how)
+        known=known, control=floor, control_name=control_called(control), redact=redact,
+        how=_provenance(run, n, forget, retain) | how)
 
 # %% ../nbs/4_reports/06_reading.ipynb #96589a26
 def _check_pairs(report, first):

@@ -30,7 +30,7 @@ from .questions import certified, worst_question
 from .scores import check_score, is_binary, score_answers, score_draws, score_name
 from .sequential import RateSequence, looked
 from .statement import board_body, board_card, board_lead, card, lead, ledger, one_of_several
-from .statement import report_body, silence, with_controls
+from .statement import report_body, shown, silence, with_controls
 
 # %% ../nbs/4_reports/05_report.ipynb #4e99ea38
 def _check_ids(asked):
@@ -227,8 +227,8 @@ def _frame(report):
     certain = np.array([certain_leak(d, qa, **how) for d, qa in zip(asked.draws, asked.qas)])
     columns = dict(
         question=[qa.question for qa in asked.qas],
-        reference=[qa.answer for qa in asked.qas],
-        greedy=asked.greedy_texts(),
+        reference=[shown(report, qa.answer) for qa in asked.qas],
+        greedy=[shown(report, text) for text in asked.greedy_texts()],
         greedy_score=report.greedy_x)
     columns |= _numbers(report)
     columns |= dict(certain_lower=certain[:, 0], certain_upper=certain[:, 1])
@@ -347,6 +347,7 @@ class Report:
     known: list = field(default_factory=list)   # other reports on the same model, questions and decoding, as runs tell
     control: Asked = None           # the same questions, put to a model that can't know the answers
     control_name: str = "control"   # its name
+    redact: bool = False            # answers and references are counted and shown nowhere
 
     def __post_init__(self):
         self.name = visible(self.name)                          # a name must not paint over what a terminal shows
@@ -420,23 +421,24 @@ SCHEMA = {  # what the JSON beside a report holds
     "questions": "one record per forget question: texts (null where no answer came), counts, bounds, and all distinct "
                  "answers with draws, natural log-probability and score",
     "control": "the control's name, its average leak rate and its answers to each question; null without one",
+    "redacted": "whether the texts of answers and references are left out",
     "draws": "SHA-256 of all draws and greedy answers, in their order",
     "how": "provenance: fingerprints, decoding, seed, versions, command",
 }
 
 # %% ../nbs/4_reports/05_report.ipynb #6038356c
-def _answers(draws, qa, score):
+def _answers(report, draws, qa):
     "All distinct answers to one question."
     p = [None] * len(draws.answers) if draws.logprobs is None else map(float, draws.logprobs)
-    scores = score_answers(draws.answers, qa, score)
+    scores = score_answers(draws.answers, qa, report.score)
     rows = zip(draws.answers, draws.counts, p, scores)
-    return [dict(answer=text, draws=int(n), logprob=logprob, score=float(x)) for text, n, logprob, x in rows]
+    return [dict(answer=shown(report, text), draws=int(n), logprob=logprob, score=float(x)) for text, n, logprob, x in rows]
 
 def _questions(report):
     "One record per forget question."
     records = json.loads(report.to_frame().reset_index().to_json(orient="records", double_precision=15))
     for record, draws, qa in zip(records, report.forget.draws, report.forget.qas):
-        record["answers"] = _answers(draws, qa, report.score)
+        record["answers"] = _answers(report, draws, qa)
     return records
 
 def _digest(report):
@@ -448,7 +450,7 @@ def _control(report):
     "The control as plain data."
     if not report.control: return None
     draws, qas = report.control.draws, report.control.qas
-    rows = [dict(id=qa.id, answers=_answers(d, qa, report.score)) for d, qa in zip(draws, qas)]
+    rows = [dict(id=qa.id, answers=_answers(report, d, qa)) for d, qa in zip(draws, qas)]
     return dict(name=report.control_name, rate=float((report.control_marked == 1).mean()), questions=rows)
 
 def _plain(bound):
@@ -475,6 +477,7 @@ def _as_report(report):
         "bounds": {name: _plain(bound) for name, bound in report.bounds.items()},
         "questions": _questions(report),
         "control": _control(report),
+        "redacted": report.redact,
         "draws": _digest(report),
         "how": report.how,
     }

@@ -28,7 +28,8 @@ def _score(name):
 def _read(folder, command, name=None):
     "The report of one run folder, as a command asks for it."
     from probunlearn.reading import report_run
-    how = dict(n=command.n, score=_score(command.score), leak_at=command.leak_at, alpha=command.alpha)
+    how = dict(n=command.n, score=_score(command.score), leak_at=command.leak_at, alpha=command.alpha,
+               redact=command.redact)
     return report_run(folder, name=name or Path(folder).resolve().name, **how)
 
 # %% ../nbs/9_together/07_shell.ipynb #57b35ef3
@@ -47,6 +48,8 @@ class ReadRun:
     "chance that one claim is wrong"
     name: str = None
     "the model's name in the report; default: the folder's"
+    redact: bool = False
+    "the report counts answers and shows none"
     out: str = None
     "the page to write; default: report.html in the run folder"
 
@@ -99,6 +102,8 @@ class Versus:
     "names of runs that are there for comparison only, separated by commas"
     family: str = "each"
     "each difference by itself; fwer: all of them jointly; fdr: also a list of the models that leak less"
+    redact: bool = False
+    "the board counts answers and shows none"
     out: str = "versus.html"
     "the page to write"
 
@@ -260,9 +265,16 @@ def _parser(name):
     parser.add_class_arguments(command)
     return command, parser
 
+def _with_values(command, words):
+    "The words, with `true` behind an option that is on or off where nothing else is said."
+    flags = {f"--{f.name}" for f in fields(command) if f.type is bool}
+    def alone(word, then): return word in flags and (then is None or then.startswith("-"))
+    return [f"{word}=true" if alone(word, then) else word for word, then in zip(words, [*words[1:], None])]
+
 def _parsed(name, words):
     "The data class of a command, filled from its words; a first word without a name is the run folder."
     command, parser = _parser(name)
+    words = _with_values(command, words)
     bare = words and not words[0].startswith("-") and any(f.name == "folder" for f in fields(command))
     chosen = parser.parse_args(_sorted_words(["--folder", *words] if bare else words))
     return command(**{f.name: getattr(chosen, f.name) for f in fields(command)})

@@ -6,7 +6,7 @@
 __all__ = ['lead', 'again']
 
 # %% ../nbs/4_reports/03_statement.ipynb #7c3205bd
-from dataclasses import fields
+from dataclasses import fields, replace
 from textwrap import shorten
 import json
 import shlex
@@ -15,7 +15,7 @@ import numpy as np
 # %% ../nbs/4_reports/03_statement.ipynb #3914048e
 from .bounds import binary_bound, leaked, rounded
 from .data import Template
-from .page import drawing, filled, in_digits, percent, table
+from .page import REDACTED, drawing, filled, in_digits, percent, table
 from .plots import COLOURS, method_board, style
 from .questions import pooled_rate, stratified_betting, worst_question
 from .scores import score_answers, score_name
@@ -262,6 +262,18 @@ def bounds_by_draws(
         ax.set_title(f"{sizes[-1]:,} draws bring {ends}", x=0, ha="left")
     return ax
 
+# %% ../nbs/4_reports/03_statement.ipynb #1e1f453d
+def shown(
+    report,
+    text: str | None,   # an answer or a reference; None where none came
+):                      # the same, or that it was redacted
+    "A text as the report may show it."
+    return REDACTED if report.redact and text is not None else text
+
+def _record(report, qa):
+    "A record as the report may show it."
+    return replace(qa, answer=REDACTED, keywords=()) if report.redact else qa
+
 # %% ../nbs/4_reports/03_statement.ipynb #9a4af807
 def _case(report, q, ends):
     "One question with its commonest leaking answer, and the ends on its leak probability."
@@ -270,7 +282,8 @@ def _case(report, q, ends):
     first = int(np.argmax(np.where(leaked(scores, report.leak_at), d.counts, -1)))
     lower, upper = ends
     return dict(
-        qa=qa, greedy=report.forget.greedy_texts()[q], answer=d.answers[first], times=d.counts[first], n=d.n,
+        qa=_record(report, qa), greedy=shown(report, report.forget.greedy_texts()[q]),
+        answer=shown(report, d.answers[first]), times=d.counts[first], n=d.n,
         leaks=int(report.leaks[q].sum()), lower=lower[q], upper=upper[q])
 
 def worst_cases(
@@ -286,7 +299,7 @@ def _answer_row(report, d, i, score):
     "One distinct answer with its count, probability and score."
     p = "" if d.logprobs is None else f"{np.exp(d.logprobs[i]):.3g}"
     leaks = bool(leaked(score, report.leak_at))
-    return dict(answer=d.answers[i], draws=d.counts[i], p=p, score=f"{score:.2g}", leaks=leaks)
+    return dict(answer=shown(report, d.answers[i]), draws=d.counts[i], p=p, score=f"{score:.2g}", leaks=leaks)
 
 def answers(
     report,
@@ -298,7 +311,8 @@ def answers(
     order = np.argsort(-d.counts, kind="stable")[:most]
     scores = score_answers([d.answers[i] for i in order], qa, report.score)
     return dict(
-        qa=qa, greedy=report.forget.greedy_texts()[q], leaks=report.leaks[q].sum(), n=d.n,
+        qa=_record(report, qa), greedy=shown(report, report.forget.greedy_texts()[q]),
+        leaks=report.leaks[q].sum(), n=d.n,
         rows=[_answer_row(report, d, i, score) for i, score in zip(order, scores)],
         more=max(0, len(d.answers) - most))
 

@@ -76,7 +76,10 @@ def _by_name(label):
     return next((name for name in SCORES if score_name(name) == label), None)
 
 def _as_recorded(data):
-    "The scores that a report's JSON holds, as a score."
+    "The scores that a report's JSON holds, as a score; ValueError where it doesn't say of which answers."
+    if data.get("redacted"):
+        raise ValueError(f"the answers in this report are redacted, so its scores by {data['score']!r} can't be looked "
+                         "up: pass score=")
     known = {(row["id"], answer["answer"]): answer["score"] for row in data["questions"] for answer in row["answers"]}
     known |= {(row["id"], row["greedy"]): row["greedy_score"] for row in data["questions"]}
     floor = (data.get("control") or {}).get("questions", [])
@@ -98,7 +101,8 @@ def _again(run, data, score, recorded):
     return Report(
         data["name"], forget, retain, **named, score=score, leak_at=data["leak_at"],
         alpha=data["alpha"] / parts / models,
-        looks=parts, models=models, anytime=data["anytime"], known=data.get("known", []), how=how)
+        looks=parts, models=models, anytime=data["anytime"], known=data.get("known", []), how=how,
+        redact=data.get("redacted", False))
 
 # %% ../nbs/4_reports/08_verification.ipynb #57313212
 def _bound_of(sentence, data):
