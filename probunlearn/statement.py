@@ -514,6 +514,7 @@ def board_body(
     body = filled(
         "board.html", name=board.name, lead=board_lead(board), digest=digest, notes=board.notes,
         drawn=drawing(board.plot, (7, 1.4 + .32 * len(board.reports))),
+        narrow=drawing(board.plot, (3.7, 2.2 + .42 * len(board.reports))),
         table=table(_board_table(board)), legend=_board_legend(board),
         models=[_told(report, most) for report in board.reports])
     return str(body)

@@ -243,18 +243,35 @@ def filled(name, room, expected, folder):
     assert work.result() == result
 
 
-BY_BOUNDARY = [name for name in WORKS if name not in ("endpoint", "model")]
+BY_BOUNDARY = [name for name in WORKS if name != "model"]       # which other libraries write
+
+
+MANY = 100          # writes: more than that, of each tensor in each checkpoint, take their time
 
 
 @pytest.mark.parametrize("name", BY_BOUNDARY)
 def test_a_disk_that_is_full_at_any_write(name, expected, tmp_path):
+    "Each write of a small run, of labels and of a report; some of the many of a training, the others are slow."
+    points = expected(name)[0].boundaries
+    for room in points if len(points) < MANY else points[::25]: filled(name, room, expected, tmp_path/str(room))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["finetune", "unlearn"])
+def test_a_disk_that_is_full_at_any_write_of_a_training(name, expected, tmp_path):
+    for room in expected(name)[0].boundaries: filled(name, room, expected, tmp_path/str(room))
+
+
+def further(name, count, expected, folder):
+    "A disk that is full after so many other numbers of bytes."
     clean, _ = expected(name)
-    points = clean.boundaries if len(clean.boundaries) < 30 else clean.boundaries[::len(clean.boundaries) // 15]
-    for i, room in enumerate(points): filled(name, room, expected, tmp_path/str(i))
+    rooms = random.Random(0).sample(range(clean.used - 1), min(count, clean.used - 1))
+    for room in rooms: filled(name, room, expected, folder/str(room))
 
 
-@pytest.mark.parametrize("part", range(10))
-def test_a_disk_that_is_full_at_200_further_bytes(part, expected, tmp_path):
-    clean, _ = expected("evaluate")
-    rooms = random.Random(0).sample(range(clean.used - 1), 200)
-    for room in rooms[part::10]: filled("evaluate", room, expected, tmp_path/str(room))
+def test_a_disk_that_is_full_at_further_bytes(expected, tmp_path): further("evaluate", 50, expected, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_BOUNDARY)
+def test_a_disk_that_is_full_at_200_further_bytes(name, expected, tmp_path): further(name, 200, expected, tmp_path)

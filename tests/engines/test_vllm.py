@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from real_engine import CAPITALS, OPTIONS, REAL, folder, local  # noqa: F401
-from probunlearn.data import encode_prompt
+from probunlearn.data import Template, encode_prompt
 from probunlearn.draws import Decoding
 from probunlearn.engines import Vllm
 from probunlearn.evaluation import evaluate
@@ -57,9 +57,11 @@ def pvalue(d, p):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_first_two_tokens_follow_the_exact_law(model, local, seed):
-    "A right engine fails one of the 15 tests with probability 1.5e-3."
-    found = model.draw(CAPITALS, 1024, TWO, seed)
-    values = [pvalue(d, np.exp(exact(local, qa, d.tokens, TWO))) for qa, d in zip(CAPITALS, found)]
+    "A right engine fails one of the 15 tests with probability 1.5e-3. A bare prompt is short, and many answers flat."
+    short = Template("{question}")
+    found = model.replace(template=short).draw(CAPITALS, 1024, TWO, seed)
+    here = local.replace(template=short)
+    values = [pvalue(d, np.exp(exact(here, qa, d.tokens, TWO))) for qa, d in zip(CAPITALS, found)]
     print(f"seed {seed}: p = {np.round(values, 4)}, {[len(d.answers) for d in found]} distinct")
     assert min(values) > 1e-4
 
@@ -79,8 +81,8 @@ from real_engine import CAPITALS, OPTIONS
 from probunlearn.draws import Decoding
 from probunlearn.engines import Vllm
 from probunlearn.evaluation import evaluate
-model = Vllm({folder!r}, at_once=64, **OPTIONS)
-evaluate(model, CAPITALS, 512, decoding=Decoding(max_new_tokens=4), out={out!r}, progress=False)
+model = Vllm({folder!r}, at_once=24, **OPTIONS)
+evaluate(model, CAPITALS, 128, decoding=Decoding(max_new_tokens=4), out={out!r}, progress=False)
 """
 
 
@@ -92,20 +94,24 @@ def there(out):
 
 
 def test_a_run_that_is_killed_five_times_goes_on(folder, tmp_path):
-    script = RUN.format(path=sys.path[:6], folder=str(folder), out=str(tmp_path/"run"))
+    "It ends in the draws of a run that nobody killed, but for those few that vLLM rounds otherwise in another batch."
+    script, calm = (RUN.format(path=sys.path[:6], folder=str(folder), out=str(tmp_path/name)) for name in ("run", "calm"))
     before = {}
     for _ in range(5):
         child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while child.poll() is None and len(there(tmp_path/"run")) < len(before) + 64: time.sleep(.05)
+        while child.poll() is None and len(there(tmp_path/"run")) < len(before) + 24: time.sleep(.05)
         assert child.poll() is None                                     # still at work
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
         now = there(tmp_path/"run")
         assert before.items() <= now.items() and len(now) > len(before)
         before = now
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-    found = there(tmp_path/"run")
-    assert before.items() <= found.items() and len(found) == 512 * len(CAPITALS)
+    for code in (script, calm): subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    found, whole = there(tmp_path/"run"), there(tmp_path/"calm")
+    assert before.items() <= found.items() and found.keys() == whole.keys() and len(found) == 128 * len(CAPITALS)
+    share = np.mean([found[draw] == whole[draw] for draw in whole])
+    print(f"killed after draws {len(before)} of {len(found)} for the fifth time; {share:.2%} are those of a calm run")
+    assert share > .98
 
 
 def test_an_evaluation_is_the_same_call(model, tmp_path):
