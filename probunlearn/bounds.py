@@ -54,13 +54,17 @@ def _over(shape, axes):                                 # over how many question
     counts = [f"{size:,} {name[:-1] if size == 1 else name}" for size, name in zip(sizes, named)]
     return f" over {' and '.join(counts)}" if shape else ""
 
+def _how(bound):                                        # the method, and what it stands on where no theorem does
+    if "betting" not in bound.method or bound.sampling == "anytime": return bound.method
+    return bound.method.replace("betting", "betting in an even order: checked, not proved", 1)
+
 def _sentence(bound):                                   # the claim in words
     ends = np.moveaxis(np.asarray(bound.value), -1, 0) if bound.side == "two-sided" else [bound.value]
     words = "a bound from {} to {}"                     # several claims, never to be read as one interval
     spans = [_span(end, lambda v: rounded(v, side), words) for end, side in zip(ends, bound._sides())]
     many = _over(np.shape(ends[0]), bound._axes)
     facts = [f"α = {rounded(bound.alpha)}", f"n = {_span(bound.n, '{:,}'.format)}", bound.sampling, bound.scope,
-             bound.method, bound.decoding or "decoding not stated"]
+             _how(bound), bound.decoding or "decoding not stated"]
     claim = f"{bound.quantity} is {WORDS[bound.side].format(*spans)}{many} with {confidence(bound.alpha)}"
     return f"{claim[0].upper()}{claim[1:]} ({', '.join(filter(None, facts))})."
 
@@ -336,7 +340,7 @@ def mean_bound(
     missing: str = "error",     # "worst": NaN counts as 1 in an upper bound, as 0 in a lower one
     binary: bool = False,       # scores are 0 or 1 by definition (not: by chance), so the ends of betting become exact
 ) -> Bound:                     # of shape (questions,); ValueError on bad input
-    "Bound on the mean score (Waudby-Smith and Ramdas 2024; bands: Anderson 1969; see notebook means)."
+    "Bound on the mean score (Waudby-Smith, Ramdas 2024, in an order checked, not proved; constant-stakes: a theorem)."
     table = as_scores(x, missing)
     chosen("method", method, [*MEANS, *FLOORS])
     most, least = np.nan_to_num(table, nan=1), np.nan_to_num(table, nan=0)
