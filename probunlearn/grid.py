@@ -279,6 +279,15 @@ def _looks(source):
         raise ValueError(f"{looks.split.nunique()} splits have no frontier in common: pass the looks on one of them")
     return looks
 
+def _pooled(starts):
+    "All draws at the start as one look."
+    return dict(leak_rate=np.average(starts.leak_rate, weights=starts.draws), draws=starts.draws.sum())
+
+def _start_of(looks, starts):
+    "The start's retain score for each look: in draws of the same seed, where they were asked for."
+    if len(starts) == 1: return starts.drawn_retain.iloc[0]
+    return looks.seed.map(starts.set_index("seed").drawn_retain).fillna(starts.drawn_retain.mean())
+
 def _joint_bounds(looks, alpha):
     "An upper bound on the leak of each look that saw anything; all hold together with confidence 1 - alpha."
     seen = looks.leak_rate.notna()
@@ -330,7 +339,8 @@ def _against(frontier, pair, share):
     at = differ(lambda stairs: _least_at(stairs, share))
     area = differ(lambda stairs: _area(stairs, frontier.floor))
     names = "without", "with", "low", "high"
-    return dict(seeds=len(common)) | dict(zip(names, at)) | {f"area {n}": v for n, v in zip(names, area)}
+    reach = {f"kept {way}": _reach(frontier, name, share)[0] for way, name in zip(names, pair)}
+    return dict(seeds=len(common)) | reach | dict(zip(names, at)) | {f"area {n}": v for n, v in zip(names, area)}
 
 # %% ../nbs/9_together/04_grid.ipynb #d21748c7
 def _reach(frontier, name, share):
@@ -484,7 +494,7 @@ def _what_holds(frontier):
 # %% ../nbs/9_together/04_grid.ipynb #fa617a8a
 def frontier(
     looks,                  # `Grid` run with a probe, or a table of looks: name, seed, leak_rate, draws, drawn_retain
-    start,                  # what the probe sees before the first update: leak_rate, draws, drawn_retain
+    start,                  # what it sees before the first update, as a dict, or as a table with a row for each seed
     *,
     control=None,           # what it sees in a model that never saw the secrets
     floor: float = 0.5,     # least share of the start's retain score that counts in an area
@@ -493,9 +503,10 @@ def frontier(
     "The least leak for what is kept, along whole runs; `name + form` is compared with `name`."
     check_alpha(alpha)
     if not 0 <= floor < 1: raise ValueError(f"floor must be a share in [0, 1), got {floor}")
-    if not start["drawn_retain"] > 0: raise ValueError("the start's draws on retain score 0: there is nothing to keep")
-    looks = _looks(looks)
-    extra = pd.DataFrame([dict(of) for of in (start, control) if of is not None])
+    looks, starts = _looks(looks), start if isinstance(start, pd.DataFrame) else pd.DataFrame([dict(start)])
+    if not (starts.drawn_retain > 0).all():
+        raise ValueError("the start's draws on retain score 0: there is nothing to keep")
+    extra = pd.DataFrame([_pooled(starts)] + [dict(control)] * (control is not None))
     bounds = _joint_bounds(pd.concat([looks, extra], ignore_index=True), alpha)
-    points = looks.assign(kept=looks.drawn_retain / start["drawn_retain"], bound=bounds[:len(looks)])
+    points = looks.assign(kept=looks.drawn_retain / _start_of(looks, starts), bound=bounds[:len(looks)])
     return Frontier(points, *bounds[len(looks):], floor=floor, alpha=alpha)

@@ -1,5 +1,6 @@
 """A frontier says what leaks least for what is kept: by hand, in order, with joint bounds and intervals that cover."""
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -71,6 +72,14 @@ def test_bounds_hold_together_and_pay_for_every_look():
     assert list(found.points.kept) == [.7 / .8] * 3
     assert frontier(looks[:1], START, alpha=.1).points.bound[0] == float(pooled_rate([30], 100, .1 / 2))
     assert frontier(looks[:1], START).control is None
+
+
+def test_each_seed_is_measured_by_its_own_draws():
+    starts = pd.DataFrame([START | dict(seed=0), START | dict(seed=1, leak_rate=.9, drawn_retain=.4)])
+    found = frontier([look("a", seed, .3, .4) for seed in (0, 1, 2)], starts)
+    assert list(found.points.kept) == pytest.approx([.5, 1, .4 / .6])
+    assert found.start == float(pooled_rate([190], 200, .05 / 4))
+    with pytest.raises(ValueError, match="nothing to keep"): frontier([look("a", 0, .3, .4)], starts * 0)
 
 
 def test_all_bounds_hold_at_once_as_often_as_promised():
@@ -209,3 +218,20 @@ def test_intervals_cover_the_mean_over_training_seeds(seeds):
         ends.append(tuple(of.compare()[["area low", "area high"]].iloc[0]))
         hits += [low <= true <= high for (low, high), true in zip(ends, truth)]
     assert (hits >= 133).all(), hits
+
+
+# --- what is packaged -------------------------------------------------------------------------------------------------
+
+DATA = Path(__file__).parents[1]/"data"
+LOOKS = ["leak_rate", "leak_bound", "drawn_forget", "greedy_forget", "drawn_retain", "greedy_retain"]
+
+
+def test_the_packaged_runs_are_whole():
+    looks = pd.read_csv(DATA/"frontier.csv")
+    runs = looks[looks.step > 0]
+    methods = {f"{m}{form}" for m in ("grad_ascent", "grad_diff", "npo", "simnpo", "rmu", "idk")
+               for form in ("", " + answer", " + own")}
+    assert set(runs.name) == methods and set(looks.name) - methods == {"before unlearning", "never saw them"}
+    full = runs[runs.strength == 1].groupby(["name", "seed"]).step.agg(list)
+    assert all(steps == [4, 8, 12, 16, 20] for steps in full) and len(full) == 18 * 3
+    assert looks[LOOKS].stack().between(0, 1).all() and (looks.leak_bound >= looks.leak_rate).all()
