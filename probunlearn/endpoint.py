@@ -54,8 +54,7 @@ class Endpoint:
             need(self, name, "a whole number >= 1", lambda v: is_whole(v, 1))
         for name in ("per_minute", "timeout"): need(self, name, "above 0", lambda v: v > 0)
         _check_extra(self.extra)
-        # names of neutral values that the server refused; each call would ask in vain again, if it forgot them
-        object.__setattr__(self, "_refused", [])
+        object.__setattr__(self, "_refused", [])    # neutral values that the server doesn't take, for later calls
 
     @property
     def name(self): return self.model
@@ -303,6 +302,7 @@ def _client(endpoint):
                         timeout=httpx.Timeout(silence, pool=None), follow_redirects=False, trust_env=True,
                         limits=httpx.Limits(max_connections=None, max_keepalive_connections=0))
 
+# %% ../nbs/5_models/07_endpoint.ipynb #2e815c87
 _LONGEST = 10           # times `timeout` that one request may take in all
 
 @contextmanager
@@ -322,6 +322,7 @@ def _in_time(seconds):
     try: yield watch, late
     finally: timer.cancel()
 
+# %% ../nbs/5_models/07_endpoint.ipynb #8dd594d3
 _MOST = 64 * 2**20      # bytes of a reply: a hundred answers with their log-probabilities have less than a tenth
 
 def _whole(reply):
@@ -566,7 +567,7 @@ class _Queue:
         "Ask for the rest of a piece first of all."
         self.pieces = chain([_Piece(piece.qa, piece.first + got, piece.count - got)], self.pieces)
 
-# %% ../nbs/5_models/07_endpoint.ipynb #41801c0a
+# %% ../nbs/5_models/07_endpoint.ipynb #a85848e0
 _LEARNING = Lock()
 
 def _learn(endpoint, known, names):

@@ -1,5 +1,6 @@
 """What people have as a model, and what is refused: each source is made here with random weights."""
 import json
+import os
 import re
 import shutil
 import types
@@ -88,6 +89,16 @@ def test_a_folder(options, tmp_path):
     lm = llama(**options)
     model = read(saved(lm, tmp_path/"mine"))
     assert same(model, lm) and model.name == "mine" and words(model) == words(LocalModel(lm, TOK))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_saved_files_are_as_readable_as_any_other(mask, tmp_path):
+    "safetensors writes for the owner only; a folder is shared by those whom the umask lets in."
+    before = os.umask(mask)
+    try: LocalModel(llama(), TOK).save(tmp_path/"m")
+    finally: os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path/"m").iterdir()} == {0o666 & ~mask}
 
 
 def test_gpt2_with_and_without_its_head(tmp_path):

@@ -124,7 +124,7 @@ def test_a_malformed_reply_is_lost_by_name_and_storable(name, script, tmp_path):
     assert read_run(tmp_path).draws(QAS[1]).texts == list("abcd")           # the others are kept
 
 
-def dripping(reply, every=.05):
+def dripping(reply, every=.02):
     "A server that sends one byte after the other, and its address."
     listener = socket.create_server(("127.0.0.1", 0))
     def drip(connection):
@@ -154,9 +154,9 @@ DRIPS = {
 def test_a_reply_that_drips_for_ever_is_cut(name):
     listener, url = dripping(DRIPS[name])
     begun = time.monotonic()
-    with listener, pytest.warns(RuntimeWarning, match="no whole answer within 1 s"):
-        d = Endpoint(url, "m", per_request=1, timeout=.1).draw(QAS[:1], 1)[0]
-    assert .9 < time.monotonic() - begun < 10 and not d.answers and d.lost
+    with listener, pytest.warns(RuntimeWarning, match="no whole answer within 3 s"):
+        d = Endpoint(url, "m", per_request=1, timeout=.3).draw(QAS[:1], 1)[0]
+    assert 2.9 < time.monotonic() - begun < 20 and not d.answers and d.lost
 
 
 def test_a_reply_that_drips_to_its_end_is_an_answer():
