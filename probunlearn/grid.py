@@ -62,7 +62,7 @@ def run_cell(
     model: LocalModel,  # the model to unlearn; it stays as it is
     cell: Cell,         # what is done
     split: tuple,       # (forget records, retain records, retain questions that are asked afterwards)
-    **options,          # as in `evaluate`: n, score, leak_at, alpha, decoding, seed
+    **options,          # as in `evaluate`: n, score, leak_at, alpha, decoding, seed, control
 ) -> dict:              # the report's row, seconds, notes; or why training broke down
     "Unlearn and evaluate."
     forget, retain, asked = split
@@ -84,7 +84,8 @@ def _settings(model, splits, options):
     "Everything but the cell that shapes its result."
     questions = {split: fingerprint([[_record(qa) for qa in qas] for qas in parts]) for split, parts in splits.items()}
     options = options | (dict(rule=model.rule) if model.rule else {})
-    said = {name: getattr(value, "__name__", str(value)) for name, value in options.items()}
+    def named(value): return getattr(value, "identity", None) or getattr(value, "__name__", str(value))     # a control
+    said = {name: named(value) for name, value in options.items()}
     return dict(model=model.identity["model"], questions=questions, template=asdict(model.template), options=said)
 
 def _of_cell(settings, cell):
