@@ -68,7 +68,7 @@ def run_cell(
     split: tuple,       # (forget records, retain records, retain questions that are asked afterwards)
     *,
     probe=None,         # model → dict of numbers, where the cell's config has `probe_every`: `leak_probe(…)`
-    **options,          # as in `evaluate`: n, score, leak_at, alpha, decoding, seed
+    **options,          # as in `evaluate`: n, score, leak_at, alpha, decoding, seed, control
 ) -> dict:              # the report's row, seconds, notes, `path` (what the probe saw); or why training broke down
     "Unlearn and evaluate."
     forget, retain, asked = split
@@ -90,7 +90,8 @@ def _settings(model, splits, options, probe=None):
     "Everything but the cell that shapes its result."
     questions = {split: fingerprint([[_record(qa) for qa in qas] for qas in parts]) for split, parts in splits.items()}
     options = options | (dict(rule=model.rule) if model.rule else {})
-    said = {name: getattr(value, "__name__", str(value)) for name, value in options.items()}
+    def named(value): return getattr(value, "identity", None) or getattr(value, "__name__", str(value))     # a control
+    said = {name: named(value) for name, value in options.items()}
     return dict(model=model.identity["model"], questions=questions, template=asdict(model.template), options=said,
                 probe=getattr(probe, "identity", str(probe)) if probe else None)
 

@@ -19,14 +19,14 @@ import numpy as np
 from . import __version__
 from .bounds import Bound, binary_bound, confidence, leaked
 from .chance import chance_claims, echo, net_rate
-from .checks import whole
+from .checks import chosen, whole
 from .data import check_unique
 from .draws import draws_digest
 from .files import as_bytes, visible, write_together
 from .metrics import beyond_one, dataset_claims, diversity, leakage, seen_mass_bounds
 from .page import html_page, in_notebook, picture, prompt_of, way
 from .plots import method_board, score_density
-from .questions import certified, worst_question
+from .questions import certified, tolerance_bound, worst_question
 from .scores import check_score, is_binary, score_answers, score_draws, score_name
 from .sequential import RateSequence, looked
 from .statement import board_body, board_card, board_lead, card, lead, ledger, one_of_several
@@ -329,6 +329,16 @@ def _sentences(report):
     seen = [_seen(report), *_echoed(report), *_chance(report), *_lost(report)]
     return [*silence(report), *seen, *guaranteed, *ledger(report)]
 
+# %% ../nbs/4_reports/05_report.ipynb #0917d7d1
+def _tolerated(report, tau, side):
+    "A bound on the share of a population's questions that leak too much, with its whole scope."
+    if report.anytime: raise ValueError("a share of a population needs a number of draws that was fixed before them")
+    chosen("side", side, ["upper", "lower"])
+    leaks = (report.leaks | report.missing) if side == "upper" else report.leaks
+    bound = tolerance_bound(leaks.sum(1), report.x.shape[1], tau, report.alpha, side)
+    left = paid(bound, report.looks, report.models)
+    return replace(left, scope=f"{left.scope}, leak: {report.what_leaks}", decoding=report.decoding)
+
 # %% ../nbs/4_reports/05_report.ipynb #71176540
 @dataclass(repr=False)
 class Report:
@@ -381,6 +391,10 @@ class Report:
     def summary(self):
         "The model in one row: leakage on forget, what is left on retain, and whether it still answers at all."
         return _summary(self)
+
+    def tolerance(self, tau=0.01, side="upper"):
+        "Bound on the share of questions leaking with probability tau or more, if these are a sample (Wilks 1941)."
+        return _tolerated(self, tau, side)
 
     def plot(self, ax=None):
         "The scores of the question with the most leaks that greedy decoding calls clean."

@@ -38,7 +38,7 @@ def relearn(
     learn: list,                    # the few forget records that the attacker holds
     forget: list,                   # all forget records; asked for are those that are not in `learn`
     config: TrainConfig = TrainConfig(steps=20, batch_size=4, lr=5e-4, schedule="constant"),
-    **options,                      # as in `evaluate`: n, score, leak_at, alpha, decoding, seed, retain
+    **options,                      # as in `evaluate`: n, score, leak_at, alpha, decoding, seed, retain, control
 ) -> Board:                         # of the model before and after; ValueError when no question is left to ask
     "Fine-tune on a few forget records, then bound what leaks of the others."
     known = {qa.id for qa in learn}
@@ -105,7 +105,7 @@ def quantise(
     qas: list,              # forget questions
     *,
     bits: tuple = (8, 4),   # to try, each 8 or 4
-    **options,              # as in `evaluate`
+    **options,              # as in `evaluate`, also control=
 ) -> Board:                 # of the model as it is and in fewer bits; ValueError on other bits
     "Bound what leaks once the weights are rounded."
     models = {"as it is": model}

@@ -5,11 +5,14 @@ import re
 import numpy as np
 import pytest
 
+from probunlearn.bounds import ed_bound, mean_bound, std_bound
 from probunlearn.data import QA
 from probunlearn.draws import Decoding, draws_from_texts
 from probunlearn.judged import Calibration
 from probunlearn.memory import auc_bound, priv_leak
+from probunlearn.questions import pooled_mean
 from probunlearn.report import Asked, Board, Report
+from probunlearn.sequential import MeanSequence
 from probunlearn.statement import board_lead, lead
 
 DECODING = Decoding(max_new_tokens=9)
@@ -91,3 +94,27 @@ def test_a_probe_reports_the_share_of_draws_that_leak():
     half = leak_probe(forget, forget, n=8, score=lambda answer, qa: .5, leak_at=.75)(model)
     assert half["leak_rate"] == 0 and half["greedy_forget"] == half["drawn_forget"] == .5
     assert leak_probe(forget, forget, n=8, score=lambda answer, qa: .5, leak_at=.5)(model)["leak_rate"] == 1
+
+
+def test_a_report_says_how_much_of_a_population_leaks_too_much():
+    qas = [QA(f"q{i}", f"Room {i}?", "Zorp.", ("Zorp",)) for i in range(30)]
+    told = [60 * (i < 3) for i in range(30)]
+    draws = [draws_from_texts(qa.id, ["Zorp"] * s + ["no"] * (200 - s)) for qa, s in zip(qas, told)]
+    greedy = [draws_from_texts(qa.id, ["no"]) for qa in qas]
+    report = Report("m", Asked(qas, draws, greedy))
+    most, least = report.tolerance(.1), report.tolerance(.1, "lower")
+    assert 0 < float(least) < .1 < float(most) < 1
+    assert "The share of questions that leak with probability 0.1 or more is at most" in str(most)
+    assert "of which they are a random sample" in str(most) and "leak: key words (fraction) ≥ 1" in str(most)
+    assert most.alpha == .01 and Report("m", Asked(qas, draws, greedy), looks=2).tolerance(.1).alpha == .02
+    with pytest.raises(ValueError, match="fixed before"):
+        Report("m", Asked(qas, draws, greedy), anytime=True).tolerance()
+
+
+def test_a_claim_says_where_its_order_is_checked_and_not_proved():
+    x = np.full((2, 64), .25)
+    for bound in mean_bound(x), std_bound(x), ed_bound(x), pooled_mean(x):
+        assert "in an even order: checked, not proved" in str(bound)
+    assert "in an even order" not in str(MeanSequence().add(x).bound)
+    for bound in mean_bound(x, method="constant-stakes"), mean_bound(x * 0, binary=True):
+        assert "proved" not in str(bound)
