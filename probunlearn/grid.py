@@ -507,7 +507,7 @@ def frontier(
     looks, starts = _looks(looks), start if isinstance(start, pd.DataFrame) else pd.DataFrame([dict(start)])
     if not (starts.drawn_retain > 0).all():
         raise ValueError("the start's draws on retain score 0: there is nothing to keep")
-    extra = pd.DataFrame([_pooled(starts)] + [dict(control)] * (control is not None))
+    extra = pd.DataFrame([_pooled(starts)] + ([] if control is None else [dict(control)]))
     bounds = _joint_bounds(pd.concat([looks, extra], ignore_index=True), alpha)
     points = looks.assign(kept=looks.drawn_retain / _start_of(looks, starts), bound=bounds[:len(looks)])
     return Frontier(points, *bounds[len(looks):], floor=floor, alpha=alpha)
