@@ -383,7 +383,6 @@ class Report:
         return _sentences(self)
     @cached_property
     def _table(self): return _frame(self)
-
     def to_frame(self):
         "One row per forget question; each bound is wrong with probability at most alpha · looks · models for it alone."
         return self._table.copy()
