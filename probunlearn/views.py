@@ -12,7 +12,8 @@ from html import escape
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from .bounds import Bound, confidence, ed_bound, leaked, mean_bound, rounded, std_bound, survival_bound
+from .bounds import Bound, binary_bound, confidence, ed_bound, leaked, mean_bound, rounded, std_bound
+from .bounds import survival_bound
 from .metrics import seen_mass_bounds
 from .page import piece
 from .plots import COLOURS, just_below, score_density, small_shares, style, survival_band
@@ -50,7 +51,10 @@ def bounds_and_truth(
     draw, mean, std = LAWS[law]
     bound, methods, truth = BOUNDS[what]
     x = draw(np.random.default_rng(seed), n)
-    return {method: float(bound(x, alpha=alpha, method=method)) for method in methods}, truth(mean, std)
+    values = {method: float(bound(x, alpha=alpha, method=method)) for method in methods}
+    is_count = what == "mean" and set(x) <= {0, 1}      # leaks or coins: the exact bound stands beside the others
+    if is_count: values |= {"clopper-pearson": float(binary_bound(int(x.sum()), n, alpha))}
+    return values, truth(mean, std)
 
 # %% ../nbs/4_reports/04_views.ipynb #2f36b683
 def _tightest(values, wrong, n):

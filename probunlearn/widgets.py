@@ -52,6 +52,7 @@ class Explorer(W.VBox):
         self.add_class(name).add_class("probunlearn-explorer")
         for control in controls.values():
             control.style.description_width = "7em"
+            control.tooltip = f"{control.description}: changes the picture and the claim below"
             control.observe(self.update, "value")
         self.update()
 
