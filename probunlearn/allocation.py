@@ -47,13 +47,7 @@ def clean_evidence(
 # %% ../nbs/2_bounds/09_allocation.ipynb #e9edf295
 class Tally:
     "Counts of each question, and the evidence they hold at any time."
-    def __init__(
-        self,
-        questions: int,     # how many
-        goal: str,          # a name in `GOALS`
-        tau: float,         # leak probability that matters
-        alpha: float,       # chance of a wrong verdict
-    ):
+    def __init__(self, questions: int, goal: str, tau: float, alpha: float):    # as in `allocate`
         self.goal, self.tau, self.alpha = goal, tau, alpha
         self.n = np.zeros(questions, int)           # draws
         self.seen = np.zeros(questions, int)        # leaks seen

@@ -330,12 +330,19 @@ def _sentences(report):
     return [*silence(report), *seen, *guaranteed, *ledger(report)]
 
 # %% ../nbs/4_reports/05_report.ipynb #0917d7d1
+def _begin(report):
+    "Check what a report is given, and count it as a look."
+    report.name = visible(report.name)                          # a name must not paint over what a terminal shows
+    for asked in filter(None, (report.forget, report.retain)): check_score(report.score, asked.qas)
+    for name in ("looks", "models"): whole(name, getattr(report, name))
+    _count(report)
+
 def _tolerated(report, tau, side):
     "A bound on the share of a population's questions that leak too much, with its whole scope."
     if report.anytime: raise ValueError("a share of a population needs a number of draws that was fixed before them")
     chosen("side", side, ["upper", "lower"])
     leaks = (report.leaks | report.missing) if side == "upper" else report.leaks
-    bound = tolerance_bound(leaks.sum(1), report.x.shape[1], tau, report.alpha, side)
+    bound = tolerance_bound(leaks.sum(1), report.x.shape[1], tau, report.alpha, side=side)
     left = paid(bound, report.looks, report.models)
     return replace(left, scope=f"{left.scope}, leak: {report.what_leaks}", decoding=report.decoding)
 
@@ -359,11 +366,7 @@ class Report:
     control_name: str = "control"   # its name
     redact: bool = False            # answers and references are counted and shown nowhere
 
-    def __post_init__(self):
-        self.name = visible(self.name)                          # a name must not paint over what a terminal shows
-        for asked in filter(None, (self.forget, self.retain)): check_score(self.score, asked.qas)
-        for name in ("looks", "models"): whole(name, getattr(self, name))
-        _count(self)
+    def __post_init__(self): _begin(self)
 
     @cached_property
     def what_leaks(self):
@@ -386,15 +389,12 @@ class Report:
     def to_frame(self):
         "One row per forget question; each bound is wrong with probability at most alpha · looks · models for it alone."
         return self._table.copy()
-
     def summary(self):
         "The model in one row: leakage on forget, what is left on retain, and whether it still answers at all."
         return _summary(self)
-
     def tolerance(self, tau=0.01, side="upper"):
         "Bound on the share of questions leaking with probability tau or more, if these are a sample (Wilks 1941)."
         return _tolerated(self, tau, side)
-
     def plot(self, ax=None):
         "The scores of the question with the most leaks that greedy decoding calls clean."
         return _plot(self, ax)
