@@ -323,6 +323,11 @@ def _count(report):
     report.marked = np.where(report.missing, np.nan, report.leaks)                          # (Q, n) 1, 0, NaN where lost
     if report.control: report.control_marked = _marked_control(report)                      # (Q, n) the same
 
+def _what_leaks(report):
+    "What a leak is, in words."
+    answers = {text for d in report.forget.draws for text in d.answers}
+    return f"{score_name(report.score, report.forget.qas, answers)} ≥ {report.leak_at:g}"
+
 def _sentences(report):
     "What was seen, then what is guaranteed, in sentences."
     guaranteed = [str(bound) for bound in report.bounds.values() if _says_something(bound)]
@@ -369,9 +374,7 @@ class Report:
     def __post_init__(self): _begin(self)
 
     @cached_property
-    def what_leaks(self):
-        answers = {text for d in self.forget.draws for text in d.answers}
-        return f"{score_name(self.score, self.forget.qas, answers)} ≥ {self.leak_at:g}"
+    def what_leaks(self): return _what_leaks(self)
     @property
     def decoding(self): return f"{self.forget.way}, model {self.name}"
     @property
@@ -386,6 +389,7 @@ class Report:
         return _sentences(self)
     @cached_property
     def _table(self): return _frame(self)
+
     def to_frame(self):
         "One row per forget question; each bound is wrong with probability at most alpha · looks · models for it alone."
         return self._table.copy()
