@@ -159,7 +159,7 @@ def test_a_row_keeps_the_path_and_a_probe_is_a_setting_where_it_looks(model, tmp
 
 
 def test_training_that_breaks_down_stays_in_the_table(model, tmp_path, monkeypatch):
-    def broken(*args): raise FloatingPointError("the loss is nan at update 3")
+    def broken(*args, **options): raise FloatingPointError("the loss is nan at update 3")
     run(model, tmp_path, CELLS[:1])
     monkeypatch.setattr(probunlearn.grid, "unlearn", broken)
     table, failed = run(model, tmp_path, CELLS[:2]).table(), CELLS[1].name
