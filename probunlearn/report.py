@@ -449,7 +449,8 @@ def _answers(report, draws, qa):
     p = [None] * len(draws.answers) if draws.logprobs is None else map(float, draws.logprobs)
     scores = score_answers(draws.answers, qa, report.score)
     rows = zip(draws.answers, draws.counts, p, scores)
-    return [dict(answer=shown(report, text), draws=int(n), logprob=logprob, score=float(x)) for text, n, logprob, x in rows]
+    return [dict(answer=shown(report, text), draws=int(n), logprob=logprob, score=float(x))
+            for text, n, logprob, x in rows]
 
 def _questions(report):
     "One record per forget question."

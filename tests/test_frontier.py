@@ -152,7 +152,8 @@ def test_utility_that_nothing_reaches():
     for pair in (("a", "a + own"), ("a + own", "a")): assert says in by_hand(*lost).sentence(*pair)
     none = by_hand(*lost).sentence("a", "a + own", .99)
     assert "no weights of a and none of a + own keep that much" in none
-    some = by_hand(*lost[:3], ("a", 0, .95, .3), *[("a + own", seed, kept, .1) for seed, kept in enumerate((.95, .5, .5))])
+    own = [("a + own", seed, kept, .1) for seed, kept in enumerate((.95, .5, .5))]
+    some = by_hand(*lost[:3], ("a", 0, .95, .3), *own)
     says = "(1 of 3 seeds of a keep that much) (1 of 3 seeds of a + own keep that much)"
     assert says in some.sentence("a", "a + own")
 

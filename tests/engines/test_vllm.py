@@ -95,7 +95,8 @@ def there(out):
 
 def test_a_run_that_is_killed_five_times_goes_on(folder, tmp_path):
     "It ends in the draws of a run that nobody killed, but for those few that vLLM rounds otherwise in another batch."
-    script, calm = (RUN.format(path=sys.path[:6], folder=str(folder), out=str(tmp_path/name)) for name in ("run", "calm"))
+    fixed = dict(path=sys.path[:6], folder=str(folder))
+    script, calm = (RUN.format(**fixed, out=str(tmp_path/name)) for name in ("run", "calm"))
     before = {}
     for _ in range(5):
         child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
