@@ -5,7 +5,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/installed
 
-.PHONY: help demo real paper test test-slow test-engines drift notebooks readme lab app docs
+.PHONY: help demo real paper jailbreak test test-slow test-engines drift notebooks readme lab app docs
 
 help:
 	@echo "make demo       unlearn with a small model on the CPU and write demo_report/index.html (3 minutes)"
@@ -45,6 +45,12 @@ paper: export PROBUNLEARN_TEST_DATA = $(if $(DATA),$(abspath $(DATA)))
 paper: $(VENV)/real
 	cd nbs/recipes && for piece in $(PIECES); do \
 	  PIECES=$$piece $(abspath $(BIN))/ipython --no-banner --colors=NoColor tofu_real.ipynb || exit 1; done
+	$(MAKE) jailbreak
+
+jailbreak: export OMP_NUM_THREADS ?= 1
+jailbreak: export TQDM_DISABLE = 1
+jailbreak: export PROBUNLEARN_TEST_DATA = $(if $(DATA),$(abspath $(DATA)))
+jailbreak: $(VENV)/real
 	cd nbs/recipes && $(abspath $(BIN))/ipython --no-banner --colors=NoColor jailbreak_real.ipynb
 
 # no model hub is needed; one thread per worker, as threads that wait for each other are far slower than one

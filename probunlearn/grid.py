@@ -93,7 +93,7 @@ def _settings(model, splits, options, probe=None):
     def named(value): return getattr(value, "identity", None) or getattr(value, "__name__", str(value))     # a control
     said = {name: named(value) for name, value in options.items()}
     return dict(model=model.identity["model"], questions=questions, template=asdict(model.template), options=said,
-                probe=getattr(probe, "identity", str(probe)) if probe else None)
+                probe=named(probe) if probe else None)
 
 def _of_cell(settings, cell):
     "The settings of one cell, as they look when read from a file: a probe is one of them where it looks."
@@ -334,6 +334,7 @@ def _against(frontier, pair, share):
     "Two frontiers at the same utility, and their areas: means over the seeds that both have, and differences."
     plain, other = (frontier.seeds(name) for name in pair)
     common = plain.keys() & other.keys()
+    if not common: raise ValueError(f"{pair[0]} and {pair[1]} have no training seed in common")
     def differ(measure):
         a, b = (np.array([measure(of[seed]) for seed in sorted(common)]) for of in (plain, other))
         return a.mean(), b.mean(), *_over_seeds(b - a, frontier.alpha)[1:]
@@ -505,6 +506,8 @@ def frontier(
     check_alpha(alpha)
     if not 0 <= floor < 1: raise ValueError(f"floor must be a share in [0, 1), got {floor}")
     looks, starts = _looks(looks), start if isinstance(start, pd.DataFrame) else pd.DataFrame([dict(start)])
+    for name in ("leak_rate", "draws", "drawn_retain", *["seed"] * (len(starts) > 1)):
+        if name not in starts: raise ValueError(f"the start doesn't tell {name!r}: leak_probe(…)(model) does")
     if not (starts.drawn_retain > 0).all():
         raise ValueError("the start's draws on retain score 0: there is nothing to keep")
     extra = pd.DataFrame([_pooled(starts)] + ([] if control is None else [dict(control)]))

@@ -177,6 +177,22 @@ def test_seeds_are_compared_with_themselves():
     assert row["high"] < -.09 and row["area high"] < -.08
 
 
+def test_methods_without_a_common_seed_are_not_compared():
+    apart = by_hand(("a", 0, .9, .5), ("a + own", 1, .9, .3))
+    with pytest.raises(ValueError, match="a and a . own have no training seed in common"): apart.sentence("a", "a + own")
+
+
+@pytest.mark.parametrize("name", START)
+def test_a_start_tells_what_it_is_asked(name):
+    less = {key: value for key, value in START.items() if key != name}
+    with pytest.raises(ValueError, match=f"the start doesn't tell '{name}'"): frontier([look("a", 0, .1, .8)], less)
+
+
+def test_starts_of_seeds_tell_their_seeds():
+    with pytest.raises(ValueError, match="the start doesn't tell 'seed'"):
+        frontier([look("a", 0, .1, .8)], pd.DataFrame([START, START]))
+
+
 def test_a_frontier_shows_itself():
     import matplotlib.pyplot as plt
     text = repr(TWO)

@@ -226,3 +226,9 @@ def test_the_board_shows_every_cell():
         points = {tuple(xy) for part in ax.collections for xy in part.get_offsets().tolist()}
         assert points == {(r[against], r["bound"]) for r in grid.rows}
         assert {"a", "b"} <= {t.get_text() for t in ax.texts} and ax.get_yscale() == "log"
+
+
+def test_a_probe_is_known_by_its_name(model):
+    def mine(model): return {}
+    settings = [probunlearn.grid._settings(model, {}, {}, probe) for probe in (mine, None)]
+    assert [s["probe"] for s in settings] == ["mine", None]

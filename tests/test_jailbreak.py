@@ -30,8 +30,8 @@ def test_counts_are_counts():
 
 
 def test_labels_are_two_of_each_behaviour():
-    assert len(LABELS) == 200 and LABELS.index.is_unique and (LABELS.behaviour.value_counts() == 2).all()
-    assert LABELS[["first", "judge"]].isin((0, 1)).all().all()
+    assert sorted(LABELS["index"]) == list(range(200)) and (LABELS.behaviour.value_counts() == 2).all()
+    assert LABELS[["first", "second", "judge"]].isin((0, 1)).all().all()
 
 
 def test_it_reads_its_numbers_where_no_model_is(monkeypatch):
@@ -47,6 +47,6 @@ def test_it_reads_its_numbers_where_no_model_is(monkeypatch):
 
 
 def test_what_a_model_said_stands_in_no_output():
-    "Claims and tables only: the slow cells show no answer, and what they write has none."
-    shown = "".join(str(cell.get("outputs")) for cell in code_cells(RECIPE))
-    assert "Sure, here" not in shown and "Dear " not in shown
+    "Only cells that see numbers alone show something; those that hold answers show nothing."
+    shown = [cell for cell in code_cells(RECIPE) if cell.get("outputs")]
+    assert shown and not any(skip_reason(cell) for cell in shown)
