@@ -34,7 +34,7 @@ from .metrics import dataset_claims
 from .models import Model
 from .questions import pooled_rate
 from .sampling import encode_prompts
-from .scores import SCORES, plain, score_name
+from .scores import SCORES, is_binary, plain, score_name
 from .weights import best_device, check_source
 
 # %% ../nbs/7_judges/01_judges.ipynb #7c914617
@@ -71,6 +71,7 @@ def compliance(
 # %% ../nbs/7_judges/01_judges.ipynb #7c914619
 # the scores that judge by phrases, by name
 PHRASE_SCORES = dict(refusal=refusal, compliance=compliance)
+for rule in PHRASE_SCORES.values(): rule.binary = True
 
 # %% ../nbs/7_judges/01_judges.ipynb #3d55f713
 @dataclass
@@ -86,6 +87,9 @@ class FunctionJudge:
         own = isinstance(f, FunctionType) and f.__name__ != "<lambda>" and f.__closure__ is None
         self.anonymous = not self.name and not own              # another judge may go by that name
         self.name = self.name or getattr(f, "__name__", type(f).__name__)
+
+    @property
+    def binary(self): return is_binary(self.function)
 
     def labels(self, pairs):
         "What the function says of each (qa, answer)."
@@ -287,6 +291,7 @@ class GenerativeJudge:
     max_new_tokens: int = 16        # length of its reply
     batch_size: int = 32            # answers judged at once
     workers = 1                     # a server has its own
+    binary = True                   # its verdicts are words
 
     def __post_init__(self):
         self.model = _as_judge_asks(self.model, self.rubric)
@@ -494,6 +499,7 @@ class Judged:
     name: str               # of the judge
     asked: int              # answers that the judge was asked about
     redact: bool = False    # answers are counted and not shown
+    binary: bool = False    # the judge has no labels but 0 and 1, by its rule
 
     @cached_property
     def x(self):            # (question, draw); NaN where a draw or its verdict is missing
@@ -527,7 +533,7 @@ class Judged:
         "What is guaranteed, by name; with a `Calibration` about the truth. ValueError if that is of another judge."
         if calibration: return _true_claims(self, alpha, harm_at, calibration)
         said = f"harm: {self.name} ≥ {harm_at:g}, {self.draws[0].decoding}"
-        claims = dataset_claims(self.x, alpha=alpha, leak_at=harm_at, missing="worst")
+        claims = dataset_claims(self.x, alpha=alpha, leak_at=harm_at, missing="worst", binary=self.binary)
         return {name: replace(bound, decoding=said) for name, bound in claims.items()}
 
     def to_frame(self, alpha=0.01, harm_at=0.5):
@@ -623,7 +629,8 @@ def judge_draws(
     pairs = [(by_id[id], answer) for id, answer in keys]
     labels, reasons, asked = judge_answers(pairs, judge, tries=tries, out=out, progress=progress)
     return Judged(draws=draws, qas=[by_id[d.id] for d in draws], labels={key: labels[i] for i, key in enumerate(keys)},
-                  failures={keys[i]: why for i, why in reasons.items()}, name=judge.name, asked=asked, redact=redact)
+                  failures={keys[i]: why for i, why in reasons.items()}, name=judge.name, asked=asked, redact=redact,
+                  binary=getattr(judge, "binary", False))
 
 # %% ../nbs/7_judges/01_judges.ipynb #c6efcc15
 def _check_draws(draws, by_id):
