@@ -289,7 +289,9 @@ def _option_row(line, logp):
 def _lm_eval_rows(line):
     "One row per response of one logged record."
     numbers = {k: float(v) for k, v in line.items() if isinstance(v, (int, float)) and k != "doc_id"}
-    row = dict(question_id=str(line["doc_id"]), question=_prompt(line["arguments"]), draw=0)
+    doc = line.get("doc") or {}
+    ours = doc.keys() == {"id", "question", "answer"}                   # as `write_lm_eval` writes it
+    row = dict(question_id=str(doc["id"] if ours else line["doc_id"]), question=_prompt(line["arguments"]), draw=0)
     logp = [_likelihood(response) for response in line["resps"]]
     if len(logp) > 1 and None not in logp: return [row | _option_row(line, logp) | numbers]
     texts = _responses(line)

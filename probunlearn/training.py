@@ -19,12 +19,12 @@ from accelerate.utils import set_seed
 # %% ../nbs/8_unlearning/06_training.ipynb #24d8d8d3
 from .batches import batch_stats, encode_all, processes, record_order
 from .bounds import leaked
-from .checks import chosen, need
+from .checks import chosen, is_whole, need
 from .data import encode_prompt
 from .draws import Decoding, fingerprint
 from .loop import History, TrainConfig, check_start, finetune, train_loop
 from .losses import answer_mean, answer_sum, ce_u, control_vector, dpo, grad_ascent, i_dont_know, idk
-from .losses import kl_retain, mean_entropy, npo, rmu, satimp, simnpo, undial, wga
+from .losses import kl_retain, mean_entropy, npo, pmc, rmu, satimp, simnpo, undial, wga
 from .questions import pooled_rate
 from .sampling import takes_model
 from .scores import score_draws
@@ -68,6 +68,7 @@ METHODS = dict(
                   ("logits", "teacher")),
     ce_u=Method(lambda b, c: ce_u(b.forget) + keep(b, c), ("logits",)),
     rmu=Method(_misdirection, ("hidden", "teacher")),
+    pmc=Method(lambda b, c: pmc(b.chosen) + keep(b, c)),
     retain_only=Method(keep),
 )
 
@@ -78,11 +79,14 @@ ENTROPY_ON = ("answer", "all", "own", "draws")
 # %% ../nbs/8_unlearning/06_training.ipynb #d7c59057
 def _check_unlearning(config):
     "ValueError on a setting of an `UnlearnConfig` that is out of range."
+    TrainConfig.__post_init__(config)
     chosen("method", config.method, METHODS)
     chosen("entropy_on", config.entropy_on, ENTROPY_ON)
     chosen("retain_loss", config.retain_loss, ("nll", "kl"))
     chosen("keep", config.keep, ("last", "best"))
-    for name in ("beta", "beta2", "steering", "stop_retain"): need(config, name, "> 0", lambda v: v is None or v > 0)
+    for name in ("beta", "beta2", "steering", "stop_retain", "candidate_temperature"):
+        need(config, name, "> 0", lambda v: v is None or v > 0)
+    need(config, "candidates", "a whole number >= 1", lambda v: is_whole(v, 1))
     for name in ("lambda_f", "lambda_r", "retain_weight"): need(config, name, "a finite number", math.isfinite)
     for name in ("ramp", "leak_at", "utility_floor"): need(config, name, "a share in [0, 1]", lambda v: 0 <= v <= 1)
     if config.keep == "best" and not config.probe_every:
@@ -116,8 +120,7 @@ class UnlearnConfig(TrainConfig):
     lr: float = 1e-5
     "peak learning rate of AdamW"
     method: str = "npo"
-    ("grad_ascent, grad_diff, wga, satimp, npo, simnpo, idk, dpo, undial, ce_u, rmu, or retain_only "
-     "(no forget loss: retain and entropy alone, for a model that refuses already)")
+    "grad_ascent, grad_diff, wga, satimp, npo, simnpo, idk, dpo, undial, ce_u, rmu, pmc, or retain_only (no forget loss)"
     beta: float = None
     "NPO, SimNPO, DPO, WGA, SatImp: how soon the push fades; UNDIAL: how far the logit falls; default: the method's own"
     beta2: float = None
@@ -128,6 +131,10 @@ class UnlearnConfig(TrainConfig):
     "RMU: after which layer the states are moved; default: a quarter of the way up"
     steering: float = 2.0
     "RMU: length of the vector that they are moved to"
+    candidates: int = 5
+    "PMC: answers drawn for each question at each update, of which the one farthest from the secret is learned"
+    candidate_temperature: float = 1.25
+    "PMC: temperature at which they are drawn, with a top-p of .95"
     retain_loss: str = "nll"
     "what keeps the retain answers: nll, or kl from the model as it was (needs a teacher)"
     retain_weight: float = 1.0
@@ -137,8 +144,7 @@ class UnlearnConfig(TrainConfig):
     lambda_r: float = 0.0
     "weight of the entropy on retain records: < 0 keeps them diverse"
     entropy_on: str = "own"
-    ("where the forget entropy is taken: own (the model's own greedy answer where it doesn't leak), draws (an answer "
-     "drawn from it), answer (the secret answer, as in the paper), all (every position, as in the reference)")
+    "where the forget entropy is taken: own (the model's greedy answer, by its leak), draws (a draw), answer (secret), all"
     leak_at: float = 0.5
     "own, draws: an answer leaks by a key word; where a record has none, from this ROUGE-L recall on"
     ramp: float = 0.0
@@ -151,7 +157,6 @@ class UnlearnConfig(TrainConfig):
     "best: greedy score on retain questions that the chosen weights must have"
 
     def __post_init__(self):
-        super().__post_init__()
         _check_unlearning(self)
 
     def given(self, **names):
@@ -256,9 +261,10 @@ class Material:
 # %% ../nbs/8_unlearning/06_training.ipynb #b57484ce
 class Batch:
     "A forget and a retain batch as a method sees them."
-    def __init__(self, material, wrapped, pairs):
+    def __init__(self, material, wrapped, pairs, seed=0):
         self.material = material
         self.wrapped = wrapped      # causal LM as it is wrapped for training
+        self.seed = seed            # of the model's own answers
         forget, retain = (list(numbers) for numbers in zip(*pairs))
         self.at = dict(forget=forget, retain=retain, refusal=forget)
 
@@ -282,6 +288,10 @@ class Batch:
     @cached_property
     def refusal(self): return self._stats("refusal", self.wrapped)
     @cached_property
+    def chosen(self):
+        rows = farthest_answers(self.material.model, self.questions, self.material.config, self.seed)
+        return batch_stats(self.wrapped, rows, self.material.model.tok.pad_token_id)
+    @cached_property
     def forget_teacher(self): return self._taught("forget")
     @cached_property
     def retain_teacher(self): return self._taught("retain")
@@ -289,6 +299,8 @@ class Batch:
     def forget_reference(self): return self._reference("forget")
     @property
     def refusal_reference(self): return self._reference("refusal")
+    @property
+    def questions(self): return [self.material.qas[i] for i in self.at["forget"]]
     @property
     def control(self): return control_vector(self.forget.hidden.shape[-1], self.material.config.steering)
 
@@ -306,6 +318,11 @@ def _gives_away(draws, qa, leak_at):
     score = "keywords_any" if qa.keywords else "rouge_l_recall"
     return bool(leaked(score_draws([draws], [qa], score), leak_at)[0, 0])
 
+def _answered(model, qa, tokens):
+    "A record with an answer of the model's own, encoded."
+    prompt = encode_prompt(model.tok, qa.question, model.template)
+    return dict(input_ids=prompt + list(tokens), labels=[-100] * len(prompt) + list(tokens))
+
 @torch.no_grad()
 def own_answers(
     model,                  # `LocalModel`; its rule doesn't matter
@@ -319,10 +336,7 @@ def own_answers(
     if drawn is None: draws = model.greedy(qas, _SHORT)
     else: draws = model.replace(rule=None).draw(qas, 1, _SHORT, drawn, merge=32, progress=False)
     leaks = [_gives_away(d, qa, leak_at) for d, qa in zip(draws, qas)]
-    def row(qa, answer):
-        prompt = encode_prompt(model.tok, qa.question, model.template)
-        return dict(input_ids=prompt + answer, labels=[-100] * len(prompt) + answer)
-    return [row(qa, list(d.tokens[0])) for qa, d in zip(qas, draws)], leaks
+    return [_answered(model, qa, d.tokens[0]) for qa, d in zip(qas, draws)], leaks
 
 # %% ../nbs/8_unlearning/06_training.ipynb #209fe880
 def own_entropy(
@@ -338,6 +352,25 @@ def own_entropy(
     stats = batch_stats(wrapped or model.lm, rows, model.tok.pad_token_id)
     sign = 1 - 2 * torch.tensor(leaks, device=stats.entropy.device, dtype=stats.entropy.dtype)          # (B,)
     return answer_mean(stats.entropy * sign[:, None], stats.answer)
+
+# %% ../nbs/8_unlearning/06_training.ipynb #c410e86b
+def _farthest(draws, qa):
+    "The tokens of the draw with the least ROUGE-L recall; the first of equals."
+    scores = score_draws([draws], [qa], "rouge_l_recall")[0]           # (draw,)
+    return draws.tokens[draws.index[scores.argmin()]]
+
+@torch.no_grad()
+def farthest_answers(
+    model,              # `LocalModel`; its rule doesn't matter
+    qas: list,          # forget records
+    config,             # `UnlearnConfig`: candidates, candidate_temperature
+    seed: int,          # of the draws
+) -> list:              # of encoded records: each prompt with one of the model's own answers
+    "Of several draws for each question the answer that gives away least, ready to be trained on."
+    qas = list(dict.fromkeys(qas))
+    decoding = Decoding(config.candidate_temperature, top_p=.95, max_new_tokens=48)
+    draws = model.replace(rule=None).draw(qas, config.candidates, decoding, seed, merge=32, progress=False)
+    return [_answered(model, qa, _farthest(d, qa)) for qa, d in zip(qas, draws)]
 
 # %% ../nbs/8_unlearning/06_training.ipynb #a95da24a
 def leak_probe(
@@ -368,29 +401,28 @@ def leak_probe(
     return probe
 
 # %% ../nbs/8_unlearning/06_training.ipynb #6decccad
-def _forget_entropy(b, seed):
+def _forget_entropy(b):
     "The entropy on forget records, where the config takes it."
     m, c = b.material, b.material.config
     if c.entropy_on in ("answer", "all"): return mean_entropy(b.forget, c.entropy_on)
-    qas = [m.qas[i] for i in b.at["forget"]]
-    drawn = seed if c.entropy_on == "draws" else None
-    return own_entropy(m.model, qas, leak_at=c.leak_at, drawn=drawn, wrapped=b.wrapped)
+    drawn = b.seed if c.entropy_on == "draws" else None
+    return own_entropy(m.model, b.questions, leak_at=c.leak_at, drawn=drawn, wrapped=b.wrapped)
 
-def _entropies(b, progress, seed):
+def _entropies(b, progress):
     "The two entropy terms of the loss and their numbers; what has weight 0 and costs a pass isn't computed."
     c = b.material.config
     if not c.lambda_f and not c.lambda_r: return 0, 0, {}
     lambda_f, lambda_r = c.entropy_weights(progress)
     h_r = mean_entropy(b.retain, "all" if c.entropy_on == "all" else "answer")
     if not lambda_f and c.entropy_on in ("own", "draws"): return 0, lambda_r * h_r, dict(retain_entropy=h_r)
-    h_f = _forget_entropy(b, seed)
+    h_f = _forget_entropy(b)
     return lambda_f * h_f, lambda_r * h_r, dict(forget_entropy=h_f, retain_entropy=h_r)
 
-def _loss(b, progress, seed):
+def _loss(b, progress):
     "The loss of a batch, and its numbers."
     c = b.material.config
     loss = METHODS[c.method].loss(b, c)
-    h_f, h_r, numbers = _entropies(b, progress, seed)
+    h_f, h_r, numbers = _entropies(b, progress)
     loss = loss + h_f + h_r
     if processes()[1] > 1: loss = loss + 0 * b.forget.nll.sum()     # all weights take part, or processes wait (RMU)
     return loss, b.look() | numbers
@@ -439,7 +471,7 @@ def unlearn(
     pairs = _pairs(forget, retain, config)
     apart = 2**32 * (1 + config.seed)           # own answers are drawn apart from those of any evaluation
     def loss_of(wrapped, items, progress):
-        return _loss(Batch(m, wrapped, items), progress, apart + round(progress * len(pairs)))
+        return _loss(Batch(m, wrapped, items, apart + round(progress * len(pairs))), progress)
     history = train_loop(model, pairs, config, loss_of, probe=probe, rows=rows)
     _say_which(history, config)
     return history

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from conftest import LetterTok, random_lm
 from probunlearn.head import TokenStats, answer_stats, entropy, token_stats
 from probunlearn.losses import (answer_mean, answer_sum, ce_u, control_vector, dpo, grad_ascent, grad_diff, idk,
-                                kl_retain, mean_entropy, npo, rmu, satimp, simnpo, undial, wga)
+                                kl_retain, mean_entropy, npo, pmc, rmu, satimp, simnpo, undial, wga)
 from probunlearn.models import LocalModel, add_lora
 
 # two sequences of three tokens over four words; position t is about token t + 1, so position 2 is about nothing
@@ -73,6 +73,16 @@ def test_gradient_ascent_and_difference_by_hand():
     near(grad_ascent(batch()), -sum(NLL) / 3)
     near(grad_diff(batch(), other()), -sum(NLL) / 3 + sum(OTHER) / 3)
     near(grad_diff(batch(), other(), 2.5), -sum(NLL) / 3 + 2.5 * sum(OTHER) / 3)
+
+
+def test_partial_model_collapse_by_hand():
+    "Cross-entropy of what was chosen, mean over tokens; it pulls towards each chosen token by 1 - p."
+    near(pmc(batch()), sum(NLL) / 3)
+    logits = torch.tensor(LOGITS, dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(pmc(token_stats(logits, torch.tensor(LABELS))), logits)[0]
+    near(slope[0, 0, 2], -(1 - math.exp(-NLL[0])) / 3)
+    near(slope[1, 1, 3], -(1 - math.exp(-NLL[2])) / 3)
+    assert not slope[1, 0].any() and not slope[:, 2].any()
 
 
 @pytest.mark.parametrize("beta", [.05, .1, 2.])

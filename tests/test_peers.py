@@ -8,6 +8,9 @@ import pytest
 from scipy import stats
 from test_tofu import LOGS, RUNS, needs_logs, published
 
+from probunlearn.data import QA
+from probunlearn.draws import draws_from_texts
+from probunlearn.formats import read_answers
 from probunlearn.metrics import dataset_claims
 from probunlearn.peers import read_inspect, read_leak_k, read_lm_eval, read_open_unlearning, read_summary
 from probunlearn.peers import read_tofu_log, tofu_splits, tofu_summary, write_summary
@@ -15,6 +18,7 @@ from probunlearn.report import Asked, Report
 from probunlearn.scores import score_draws
 from probunlearn.tables import draws_from_table, scores_from_table
 from probunlearn.tofu import forget_quality, truth_score
+from probunlearn.writers import unlearning_summary, write_inspect_scores, write_lm_eval
 
 
 def write(folder, name, content):
@@ -244,3 +248,39 @@ def test_summaries_come_back(tmp_path):
     path = write_summary(dict(b=np.float32(.5), a=1, none=None, nan=np.nan), tmp_path/"new", name="MUSE")
     assert path.name == "MUSE_SUMMARY.json" and list(read_summary(path)) == ["a", "b"] and read_summary(path)["b"] == .5
     with pytest.raises(ValueError, match="map metrics to numbers"): read_summary(write(tmp_path, "x.json", [1]))
+
+
+@needs_unlearning
+@pytest.mark.parametrize("name", [*TOFU, MUSE])
+def test_open_unlearnings_summary_is_made_again_from_its_rows(name, tmp_path):
+    "Every number of theirs to 1e-9; MUSE's privleak is against a model that is in no file here."
+    reference = unlearning(TOFU[1]) if name == TOFU[0] else None
+    numbers = unlearning_summary(unlearning(name), reference)
+    ours, theirs = read_summary(write_summary(numbers, tmp_path)), summary(name)
+    assert {k: ours[k] for k in theirs if (name, k) != (MUSE, "privleak")} == pytest.approx(
+        {k: v for k, v in theirs.items() if (name, k) != (MUSE, "privleak")}, abs=1e-9)
+    stored = json.loads((UNLEARNING/f"{name}_EVAL.json").read_text())
+    averages = {k: stored[k]["agg_value"] for k in ours if "Q_A" in k or "ratio" in k.lower()}
+    assert {k: ours[k] for k in averages} == pytest.approx(averages, abs=1e-9)
+
+
+def test_draws_with_holes_come_back_from_other_tools_files(tmp_path):
+    "What the readers make of the written files is what was written: ids, answers, holes and scores."
+    said = [["So.", None, "No.", "So."], [None] * 4, ["Löwe – \"x\"\n", "", "So.", "[1]"]]
+    qas = [QA(id, f"Why {id}?", "So.", alternatives=more) for id, more in zip(("001", "a/b", "7"), ((), ("No.",), ("x",)))]
+    draws = [draws_from_texts(qa.id, texts) for qa, texts in zip(qas, said)]
+    x = score_draws(draws, qas, "exact_match")
+    written = write_lm_eval(tmp_path/"samples_ours.jsonl", draws, qas, dict(exact_match=x))
+    back, records = draws_from_table(read_answers(written))
+    assert [(d.id, d.texts) for d in back] == [(d.id, d.texts) for d in draws]
+    assert [(q.id, q.question, q.answer, q.alternatives) for q in records] == [
+        (q.id, q.question, q.answer, q.alternatives) for q in qas]
+    np.testing.assert_array_equal(score_draws(back, records, "exact_match"), x)
+    lines = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [line["exact_match"] for line in lines] == [pytest.approx(2 / 3), None, .25]
+    one = [draws_from_texts(d.id, d.texts[:1]) for d in draws]
+    written = write_lm_eval(written, one, qas, dict(exact_match=x[:, :1]))
+    assert read_lm_eval(written).exact_match.tolist() == [1, pytest.approx(np.nan, nan_ok=True), 0]
+    scored = [json.loads(line) for line in write_inspect_scores(tmp_path/"s.jsonl", draws, x).read_text().splitlines()]
+    assert {(r["id"], r["epoch"] - 1): r["value"] for r in scored} == {
+        (q.id, i): x[j, i] for j, q in enumerate(qas) for i in range(4) if x[j, i] == x[j, i]}

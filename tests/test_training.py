@@ -14,9 +14,10 @@ from probunlearn.loop import History, TrainConfig, check_start, finetune
 from probunlearn.losses import answer_mean
 from probunlearn.models import LocalModel, add_lora, load_model, small_model
 from probunlearn.questions import pooled_rate
+from probunlearn.scores import rouge_l
 from probunlearn.temperature import AdaptiveTemperature
 from probunlearn.training import ENTROPY_ON, METHODS, Method, UnlearnConfig, keep, leak_probe, model_as_it_was
-from probunlearn.training import own_answers, reference_nll, task_vector, unlearn
+from probunlearn.training import farthest_answers, own_answers, reference_nll, task_vector, unlearn
 from probunlearn.weights import lm_fingerprint
 
 FORGET, RETAIN = fictional_authors("forget10"), fictional_authors("retain90")
@@ -106,7 +107,7 @@ def test_finetuning_lowers_the_nll():
 
 
 # where a method's own defaults are slow on answers known by heart
-OWN = dict(satimp=dict(beta=1, beta2=.1), rmu=dict(steering=20))
+OWN = dict(satimp=dict(beta=1, beta2=.1), rmu=dict(steering=20), pmc=dict(candidate_temperature=1.5))
 
 
 def forgetting(**how):
@@ -344,6 +345,34 @@ def test_own_answers_without_key_words_leak_by_what_they_give_away():
     other = QA("other", FORGET[2].question, "Completely unrelated words stand here instead")
     plain = [QA(q.id, q.question, q.answer) for q in FORGET[:2]] + [other]
     assert [bool(leak) for leak in own_answers(fresh(), plain)[1]] == [True, True, False]
+
+
+def chosen(model, config, seed=0, qas=FORGET[:6]):
+    "The texts that partial model collapse learns."
+    rows = farthest_answers(model, qas, config, seed)
+    return [model.tok.decode([t for t in row["labels"] if t >= 0], skip_special_tokens=True).strip() for row in rows]
+
+
+def test_the_answer_that_is_learned_is_the_farthest_of_those_drawn():
+    model, config = fresh(), UnlearnConfig(method="pmc", candidates=8, candidate_temperature=1.5)
+    draws = model.draw(FORGET[:6], 8, Decoding(1.5, top_p=.95, max_new_tokens=48), 0, progress=False)
+    for qa, d, text in zip(FORGET, draws, chosen(model, config)):
+        shares = [rouge_l(t, qa.answer).recall for t in d.texts]
+        assert text == d.texts[shares.index(min(shares))]
+    assert chosen(model, config, 1) != chosen(model, config)
+    assert len(chosen(model, config, qas=[FORGET[0], FORGET[1], FORGET[0]])) == 2
+
+
+def test_one_candidate_is_just_a_draw_and_more_are_farther():
+    def share(n): return np.mean([rouge_l(text, qa.answer).recall for qa, text in zip(FORGET, chosen(
+        fresh("tuned"), UnlearnConfig(method="pmc", candidates=n), qas=FORGET[:10]))])
+    assert share(1) > share(5) > share(20)
+
+
+@pytest.mark.parametrize("how, says", [(dict(candidates=0), "candidates must be a whole number >= 1"),
+                                       (dict(candidate_temperature=0), "candidate_temperature must be > 0")])
+def test_candidates_out_of_range_are_refused(how, says):
+    with pytest.raises(ValueError, match=says): UnlearnConfig(method="pmc", **how)
 
 
 def test_own_answers_of_a_batch_with_repeats():
