@@ -24,19 +24,16 @@ from .sampling import encode_prompts
 from .tree import PrefixTree, exits, next_law, search, takes_weights
 
 # %% ../nbs/6_exact/02_exact.ipynb #2714c683
-def _forced(model, prompt, sequences):
-    "Logits (S, A, V) before each token of the sequences, read behind the prompt; shorter ones repeat their last ones."
+def forced_logits(model, prompt, sequences):
+    "Logits (S, A, V) before each token of the sequences, read behind the prompt; behind a shorter one's end, anything."
     longest = max(map(len, sequences))
-    texts = [[*prompt, *tokens] for tokens in sequences]
-    logits, _ = read_texts(model.lm, model.tok, texts, last=longest + 1)                # they end in the same column
-    skip = torch.tensor([[longest - len(tokens)] for tokens in sequences], device=logits.device)        # (S, 1)
-    at = (skip + torch.arange(longest, device=logits.device)).clamp(max=longest)        # (S, A)
-    return logits[torch.arange(len(texts), device=logits.device)[:, None], at]
+    texts = [[*prompt, *tokens[:-1], *tokens[-1:] * (longest - len(tokens))] for tokens in sequences]   # of one length
+    return read_texts(model.lm, model.tok, texts, last=longest)[0]
 
 # %% ../nbs/6_exact/02_exact.ipynb #7831c496
 def _shares(model, prompt, sequences, decoding):
     "The share (S, A) of each token among all that might follow; behind the end of a shorter one it says nothing."
-    logits = _forced(model, prompt, sequences)                                          # (S, A, V)
+    logits = forced_logits(model, prompt, sequences)                                          # (S, A, V)
     filled = [[*tokens, *[0] * (logits.shape[1] - len(tokens))] for tokens in sequences]
     tokens = torch.tensor(filled, device=logits.device)                                 # (S, A)
     parts = torch.zeros_like(tokens)

@@ -14,7 +14,8 @@ from probunlearn.data import QA, encode_prompt, fictional_authors
 from probunlearn.draws import Decoding, draws_from_texts
 from probunlearn.exact import answer_logprob, draws_to_extract, enumerate_answers, extractable, sequence_logprobs
 from probunlearn.metrics import extraction_curve, seen_mass_bounds
-from probunlearn.rare import RestDraws, _weigh, draw_rest, head_and_tail, rare_leak, weighted_bound
+from probunlearn.rare import RestDraws, Steered, _from_steered, _weigh, draw_rest, head_and_tail, rare_leak
+from probunlearn.rare import weighted_bound
 from probunlearn.scores import score_answers
 from probunlearn.temperature import AdaptiveTemperature
 
@@ -59,6 +60,15 @@ def test_likelihood_equals_a_plain_forward_pass(setting):
     found = sequence_logprobs(model, prompt_of(model), list(truth), decoding, merge=100)
     np.testing.assert_allclose(np.exp(found), list(truth.values()), rtol=1e-9, atol=1e-14)
     assert abs(np.exp(found).sum() - 1) < 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_likelihood_of_answers_of_different_lengths_in_one_batch(kind):
+    "Read together they must not be padded: behind a sliding window padding has nothing to attend to, and is NaN."
+    model = random_model(kind, vocab=5)
+    truth = dict(all_answers(model, replace(SHORT, max_new_tokens=3)))
+    found = sequence_logprobs(model, prompt_of(model), list(truth), replace(SHORT, max_new_tokens=3), merge=100)
+    np.testing.assert_allclose(np.exp(found), list(truth.values()), rtol=1e-8)
 
 
 def test_likelihood_equals_what_the_sampler_recorded(retain):
@@ -367,9 +377,116 @@ def test_bad_proposals_are_refused_with_an_explanation():
     assert float(upper) > leak_probability(1e-7, 4)
     bare = enumerated(constant_model([.3, .3, .2, 1e-7, .2 - 1e-7]), mass=.99, budget=1)
     with pytest.raises(ValueError, match="plain draws bound the leak better"):
-        rare_leak(bare, ASK, proposal_model(), **how)
+        rare_leak(bare, ASK, proposal_model(), side="upper", **how)
     with pytest.raises(ValueError, match="the cap; got"): weighted_bound(np.r_[np.zeros(99), .3], cap=.2)
     with pytest.raises(ValueError, match="n must be a whole number >= 64, got 10"):
         rare_leak(head, ASK, proposal_model(), n=10, **how)
     narrow = enumerated(model, Decoding(max_new_tokens=4, top_k=1), mass=.95, budget=1)
     with pytest.raises(ValueError, match="can't begin an answer"): rare_leak(narrow, ASK, ["o"], side="lower", **how)
+
+
+# --- steered token by token, with nothing enumerated ----------------------------------------------------------------
+
+def level_model(p):
+    "One law everywhere; answers of up to 4 tokens hold the token 3 with probability about `p`; 4 ends an answer."
+    leak = p / sum(.9**t for t in range(4))
+    return constant_model([.5, .3, .1, leak, .1 - leak]), 1 - (.1 - leak) * sum(.9**t for t in range(4)) - .9**4
+
+
+STEERED = {     # how → the proposal, and the part of the leak that nine runs of ten certify
+    "another model": (lambda: Steered(proposal_model(), .5), 1 / 3),
+    "hotter": (lambda: Steered(temperature=6., first=4), 1 / 8),
+    "both": (lambda: Steered(proposal_model(), .2, temperature=2., first=2), 1 / 3),
+}
+
+
+def check_coverage(p, how, runs, n=384, alpha=.1):
+    "Misses within 3 standard errors of alpha, on each side of alpha / 2; the lower end is worth something."
+    model, truth = level_model(p)
+    head = enumerated(model, budget=1)
+    make, part = STEERED[how]
+    sequences, weights = _weigh(head, make(), runs * n, .5, 0)
+    x = weights * [names_leak(model.tok.decode(s), ASK) for s in sequences]
+    ends = np.array([weighted_bound(row, head.open / .5, alpha) for row in x.reshape(runs, n)])
+    error = x.std() / x.mean() / math.sqrt(len(x))
+    assert head.reads == 1 and x.mean() == pytest.approx(truth, rel=5 * error)          # unbiased, 5 standard errors
+    assert weights.max() <= head.open / .5 * (1 + 1e-9)
+    below, above = (ends[:, 0] > truth).sum(), (ends[:, 1] < truth).sum()
+    ends_in_p = np.quantile(ends[:, 0], [.1, .5]) / truth
+    print(f"p = {p:g}, {how}: {below} + {above} of {runs} miss, lower ends {ends_in_p} p")
+    assert below + above <= most_misses(runs, alpha) and max(below, above) <= most_misses(runs, alpha / 2)
+    assert (ends[:, 0] > truth * part).mean() > .9
+
+
+def test_a_steered_proposal_covers_without_a_head(): check_coverage(1e-4, "another model", 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", STEERED)
+@pytest.mark.parametrize("p", [1e-3, 1e-4, 1e-5, 1e-6])
+def test_steered_proposals_cover_without_a_head(p, how):
+    "500 runs of 384 draws, one prefix read; plain draws see no leak in nine runs of ten once p is 1e-4."
+    check_coverage(p, how, 500)
+    if p <= 1e-4: assert binom.cdf(0, 384, p) > .9
+
+
+def steered_answers(model, steered, decoding, beginning=(), p=1.):
+    "Every answer with its probability under a steered law, by plain forward passes and transformers' own warpers."
+    hot = decoding
+    if len(beginning) < steered.first: hot = replace(decoding, temperature=decoding.temperature * steered.temperature)
+    law = plain_law(model.lm, prompt_of(model), beginning, hot)
+    if steered.toward:
+        other = plain_law(steered.toward.lm, prompt_of(model), beginning, decoding)
+        law = (1 - steered.share) * law + steered.share * other
+    for token, share in enumerate(law):
+        answer = (*beginning, token)
+        if not share: continue
+        if token == model.tok.eos_token_id or len(answer) == decoding.max_new_tokens: yield answer, p * share
+        else: yield from steered_answers(model, steered, decoding, answer, p * share)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_steered_law_is_the_mixture_token_by_token(kind):
+    "Keys and values shared (llama) and copied (gemma2): probabilities and frequencies are those of plain passes."
+    model, toward = random_model(kind, vocab=5, seed=4), random_model(kind, vocab=5, seed=5)
+    decoding = Decoding(temperature=.8, max_new_tokens=3)
+    steered, n = Steered(toward, .3, temperature=2., first=2), 20_000
+    head = enumerated(model, decoding, budget=1)
+    drawn, logprob = _from_steered(head, steered, n, 0)
+    truth = dict(steered_answers(model, steered, decoding))
+    np.testing.assert_allclose(np.exp(logprob(list(truth))), list(truth.values()), rtol=1e-8)
+    expected = np.array(list(truth.values())) * n
+    counts = np.array([drawn.count(t) for t in truth])
+    assert counts.sum() == n
+    common = expected >= 5
+    observed, meant = (np.append(x[common], x[~common].sum()) for x in (counts, expected))
+    assert chisquare(observed, meant).pvalue > 1e-4                             # one fixed seed: it passes or not
+
+
+def test_the_steered_law_follows_the_rule_of_the_model():
+    model, toward = random_model(vocab=6, seed=3, rule=RULE), random_model(vocab=6, seed=5)
+    head = enumerated(model, budget=1)
+    for steered in Steered(toward), Steered(temperature=3., first=2):
+        weights = _weigh(head, steered, 5000, .5, 0)[1]
+        assert weights.mean() == pytest.approx(head.open, abs=5 * weights.std() / 5000**.5)
+
+
+def test_a_steered_claim_needs_no_search_and_says_what_it_rests_on():
+    model, truth = level_model(1e-4)
+    head = enumerated(model, budget=1)
+    found = rare_leak(head, ASK, Steered(proposal_model()), 2000, score=names_leak)
+    low, high = found.bound.value
+    assert truth / 2 < low <= truth <= high and "1 answers enumerated" in str(found)
+    lower = rare_leak(head, ASK, Steered(proposal_model()), 2000, score=names_leak, side="lower")
+    assert float(lower.bound) > truth / 2
+
+
+def test_bad_steering_is_refused():
+    for share in 0, 1, -.1:
+        with pytest.raises(ValueError, match="share must lie strictly"): Steered(proposal_model(), share)
+    with pytest.raises(ValueError, match="is the model itself: name a model, toward="): Steered()
+    head = enumerated(level_model(1e-4)[0], budget=1)
+    with pytest.raises(ValueError, match="laws over 5 and 7 tokens can't be mixed"):
+        rare_leak(head, ASK, Steered(random_model(vocab=7, ends=[4])), score=names_leak)
+    with pytest.raises(ValueError, match="ends its answers by the tokens"):
+        rare_leak(head, ASK, Steered(random_model(vocab=5, ends=[2])), score=names_leak)
