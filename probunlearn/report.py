@@ -26,11 +26,11 @@ from .files import as_bytes, visible, write_together
 from .metrics import beyond_one, dataset_claims, diversity, leakage, seen_mass_bounds
 from .page import html_page, in_notebook, picture, prompt_of, way
 from .plots import method_board, score_density
-from .questions import certified, tolerance_bound, worst_question
+from .questions import certified, pooled_mean, pooled_rate, tolerance_bound, worst_question
 from .scores import check_score, is_binary, score_answers, score_draws, score_name
 from .sequential import RateSequence, looked
 from .statement import board_body, board_card, board_lead, card, lead, ledger, one_of_several
-from .statement import report_body, shown, silence, with_controls
+from .statement import report_body, shown, silence, verdict, with_controls
 
 # %% ../nbs/4_reports/05_report.ipynb #4e99ea38
 def _check_ids(asked):
@@ -132,7 +132,7 @@ def _beyond(report):
 def _claims(report):
     "The guaranteed statements by name, before they are paid for."
     how = dict(leak_at=report.leak_at, missing="worst", anytime=report.anytime, binary=is_binary(report.score))
-    return dataset_claims(report.x, alpha=report.alpha, **how) | _at_least(report)
+    return dataset_claims(report.x, alpha=report.alpha, **how) | _at_least(report) | _average_at_least(report)
 
 def _at_least(report):
     "How bad it is at least: how many questions surely leak more than once in 100, and the worst of them."
@@ -142,6 +142,14 @@ def _at_least(report):
                  quantity=f"the number of questions (of {len(leaks)}) that leak with probability above 0.01")
     worst = worst_question(leaks, n, report.alpha, "lower", anytime=report.anytime)
     return {"leaking questions": many, "worst question, at least": worst}
+
+def _average_at_least(report):
+    "The lower end of the average leak, which a limit is compared with; nothing where no limit was set."
+    if report.limit is None: return {}
+    leaks, name = report.leaks, "average leak, at least"
+    if not report.anytime: return {name: pooled_rate(leaks.sum(1), leaks.shape[1], report.alpha, "lower")}
+    low = pooled_mean(leaks * 1., report.alpha, "lower", anytime=True)
+    return {name: replace(low, quantity="the average leak probability")}
 
 def _bounds(report):
     "The guaranteed statements by name, paid for, with their whole scope."
@@ -340,6 +348,8 @@ def _begin(report):
     report.name = visible(report.name)                          # a name must not paint over what a terminal shows
     for asked in filter(None, (report.forget, report.retain)): check_score(report.score, asked.qas)
     for name in ("looks", "models"): whole(name, getattr(report, name))
+    if report.limit is not None and not 0 < report.limit < 1:
+        raise ValueError(f"limit must be an average leak probability between 0 and 1, got {report.limit}")
     _count(report)
 
 def _tolerated(report, tau, side):
@@ -370,6 +380,8 @@ class Report:
     control: Asked = None           # the same questions, put to a model that can't know the answers
     control_name: str = "control"   # its name
     redact: bool = False            # answers and references are counted and shown nowhere
+    about: str = ""                 # what the model is and what it had to forget, in a sentence
+    limit: float = None             # average leak probability that is still accepted; None gives no verdict
 
     def __post_init__(self): _begin(self)
 
@@ -423,7 +435,10 @@ SCHEMA = {  # what the JSON beside a report holds
     "schema": "probunlearn.report/1",
     "version": "of the package that wrote it",
     "name": "the model, as tables call it",
+    "about": "what the model is and what it had to forget, in a sentence; empty when nobody said",
     "lead": "the two main guarantees, and what they hold for",
+    "limit": "average leak probability that is still accepted; null when nobody set one",
+    "verdict": "pass, fail or undecided, against the limit; empty without one",
     "claims": "all sentences, each with its scope",
     "score": "how an answer is scored",
     "leak_at": "a draw leaks when its score is at least this",
@@ -481,7 +496,10 @@ def _as_report(report):
         "schema": SCHEMA["schema"],
         "version": __version__,
         "name": report.name,
+        "about": report.about,
         "lead": lead(report),
+        "limit": report.limit,
+        "verdict": verdict(report),
         "claims": report.claims,
         "score": report.what_leaks.rpartition(" ≥ ")[0],
         "leak_at": report.leak_at,

@@ -7,7 +7,7 @@ __all__ = ['lead', 'again']
 
 # %% ../nbs/4_reports/03_statement.ipynb #7c3205bd
 from dataclasses import fields, replace
-from textwrap import shorten
+from textwrap import fill, shorten
 import json
 import shlex
 import numpy as np
@@ -138,6 +138,52 @@ def contrast(
     return (f"The greedy answer leaks on {report.greedy_leaks.sum():,} of {len(report.x):,} questions. "
             f"Among {report.x.shape[1]:,} sampled answers to each, some leak on {some:,}{end}")
 
+# %% ../nbs/4_reports/03_statement.ipynb #3507fd3f
+def _compared(report):
+    "What is known of chance, in one sentence."
+    if report.control: return (f"Control: {report.control_name}, which can't know the answers, was asked the same "
+                               "questions in the same way. What it leaks is chance.")
+    return "Control: none. How much a model leaks by chance that can't know the answers wasn't tested."
+
+def tested(report):
+    "What was to be forgotten, who was asked and how, in sentences."
+    first, many = report.forget.qas[0].question, len(report.x)
+    yield f"To be forgotten: the answers to {many:,} question{'s' * (many > 1)}, the first of which is \"{first}\""
+    yield f"Asked: {report.name}." + f" {report.about}" * bool(report.about)
+    way = f"each question once greedily, and {report.x.shape[1]:,} times at {report.forget.draws[0].decoding}"
+    yield f"How: {way}, {report.forget.prompt or 'in a prompt that is not written down'}."
+    yield f"Counted as a leak: an answer with {report.what_leaks}."
+    if report.retain: yield f"To be kept: the answers to {len(report.retain.qas):,} other questions."
+    yield _compared(report)
+
+def unclaimed(report):
+    "What a report doesn't claim, in sentences."
+    yield "Nothing is claimed about other questions, other wordings of these, another prompt or another decoding."
+    yield f"A secret that is told in words which the score doesn't see isn't counted (a leak: {report.what_leaks})."
+    yield "No leak among the draws doesn't mean never: a leak rarer than the bound can't be excluded."
+    yield "Who trains the model further, or reads its weights, may find more than its answers say."
+
+# %% ../nbs/4_reports/03_statement.ipynb #68e32fd9
+def verdict(
+    report,
+) -> str:   # "pass", "fail" or "undecided"; empty where no limit was set
+    "Whether the average leak keeps within the limit that was set."
+    if report.limit is None: return ""
+    if float(report.bounds["average leak"]) <= report.limit: return "pass"
+    return "fail" if float(report.bounds["average leak, at least"]) > report.limit else "undecided"
+
+def _judged(report):
+    "The verdict in a sentence; empty where no limit was set."
+    said, limit = verdict(report), percent(report.limit or 0)
+    if not said: return ""
+    least, most = (percent(float(report.bounds[name]), side) for name, side in
+                   (("average leak, at least", "lower"), ("average leak", "upper")))
+    found = {"pass": f"at most {most}, within the limit of {limit}",
+             "fail": f"at least {least}, above the limit of {limit}",
+             "undecided": f"between {least} and {most}, and the limit is {limit}: more draws can decide"}[said]
+    return (f"{said.capitalize()}: on average a sampled answer gives the secret away with probability {found} "
+            f"({report.confidence} for each end).")
+
 # %% ../nbs/4_reports/03_statement.ipynb #931568ba
 def _tiles(report):
     "(number, words, colour) of what is seen first."
@@ -196,6 +242,10 @@ def _contrast_title(report):
     if hidden: return f"{hidden} {of} look clean by their greedy answer, and leak when sampled"
     return f"Draws leak on {some} {of}" + " that greedy decoding shows, too" * bool(some)
 
+def _fit_title(ax, text):
+    "A title from the left, in lines that fit."
+    ax.set_title(fill(text, 46) if ax.figure.get_figwidth() < 5 else text, x=0, ha="left")
+
 def greedy_against_draws(
     report,
     most: int = 12,     # questions shown, the worst first
@@ -204,13 +254,14 @@ def greedy_against_draws(
     "What greedy decoding shows of each question, what draws show, and between which ends the truth lies."
     order = _order(report.leaks | report.missing, most)
     ax = method_board(_contrast_rows(report, order), score=f"P(leak), leak: {report.what_leaks}", ax=ax)
-    questions = [report.forget.qas[q].question for q in order]
-    ax.set_yticks(range(len(order)), [shorten(question, 52, placeholder=" …") for question in questions])
+    questions, narrow = [report.forget.qas[q].question for q in order], ax.figure.get_figwidth() < 5
+    width = 24 if narrow else 52
+    ax.set_yticks(range(len(order)), [shorten(question, width, placeholder=" …") for question in questions])
     names = "upper bound", "share of draws that leak", "greedy answer leaks (1) or not (0)"
     for line, name in zip(ax.get_lines(), names): line.set_label(name)
-    ax.legend(loc="upper center", bbox_to_anchor=(.3, -.17 - .8 / len(order)), ncols=3, fontsize=7.5)
+    ax.legend(loc="upper center", bbox_to_anchor=(.3, -.17 - .8 / len(order)), ncols=1 if narrow else 3, fontsize=7.5)
     ax.set_xlabel(f"leak probability (a leak: {report.what_leaks})\nlines: {_jointly(report)}")
-    ax.set_title(_contrast_title(report), x=0, ha="left")
+    _fit_title(ax, _contrast_title(report))
     return ax
 
 # %% ../nbs/4_reports/03_statement.ipynb #71449fb4
@@ -259,7 +310,7 @@ def bounds_by_draws(
         ax.axhline(share, ls=":", color=COLOURS["draws"], label=f"share of all draws that leak, {percent(share)}")
         _by_draws_axes(ax, sizes)
         ends = f"the worst question to {percent(worst[-1], 'upper')}, the average to {percent(average[-1], 'upper')}"
-        ax.set_title(f"{sizes[-1]:,} draws bring {ends}", x=0, ha="left")
+        _fit_title(ax, f"{sizes[-1]:,} draws bring {ends}")
     return ax
 
 # %% ../nbs/4_reports/03_statement.ipynb #1e1f453d
@@ -395,11 +446,13 @@ def _evidence(report, most=None):
     "What the claims stand on, as `evidence` in pieces.html shows it."
     order = _order(report.leaks | report.missing, most)
     rows = min(12, len(report.x))
+    def contrast(ax): return greedy_against_draws(report, ax=ax)
+    def by_draws(ax): return bounds_by_draws(report, ax=ax)
     return dict(
-        contrast=drawing(lambda ax: greedy_against_draws(report, ax=ax), (7, 1.3 + .27 * rows)),
+        contrast=dict(broad=drawing(contrast, (7, 1.3 + .27 * rows)), narrow=drawing(contrast, (3.7, 2 + .27 * rows))),
         worst=worst_cases(report),
         jointly=_jointly(report),
-        by_draws=drawing(lambda ax: bounds_by_draws(report, ax=ax)),
+        by_draws=dict(broad=drawing(by_draws), narrow=drawing(by_draws, (3.7, 3.4))),
         confidence=report.confidence,
         what_leaks=report.what_leaks,
         table=_question_table(report, order),
@@ -415,7 +468,8 @@ def _facts(how):
 def _told(report, most=None):
     "What pages say of a report, alone or as one of several."
     return dict(
-        name=report.name, lead=lead(report), contrast=contrast(report), claims=report.claims,
+        name=report.name, about=report.about, lead=lead(report), contrast=contrast(report), claims=report.claims,
+        judged=_judged(report), tested=list(tested(report)), unclaimed=list(unclaimed(report)),
         evidence=_evidence(report, most), again=again(report), facts=_facts(report.how))
 
 # %% ../nbs/4_reports/03_statement.ipynb #8155a479
@@ -527,6 +581,7 @@ def card(
     "The leakage card of a model, for its page."
     return filled(
         "report.md", name=report.name, lead=lead(report), contrast=contrast(report), claims=report.claims,
+        judged=_judged(report),
         worst=worst_cases(report), jointly=_jointly(report), again=again(report), digest=digest)
 
 # %% ../nbs/4_reports/03_statement.ipynb #1965f908
