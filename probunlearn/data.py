@@ -415,15 +415,14 @@ def library(
     return _packaged("library", split)
 
 # %% ../nbs/1_records/01_data.ipynb #401e1aea
-def _chat_messages(tok, question, system):
-    "System message and question, in one message where the chat template refuses or drops a system's."
+def _chat_messages(tok, turns, system):
+    "System message and turns, the first two in one message where the chat template refuses or drops a system's."
     from jinja2 import TemplateError
-    user = [{"role": "user", "content": question}]
-    if not system: return user
-    both = [{"role": "system", "content": system}] + user
+    if not system: return turns
+    both = [{"role": "system", "content": system}] + turns
     try: shown = system.strip() in render_chat(tok, both)
     except TemplateError: shown = False
-    return both if shown else [{"role": "user", "content": f"{system}\n\n{question}"}]
+    return both if shown else [{"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}] + turns[1:]
 
 def _chat_prompt(tok, messages):
     "What the tokenizer's chat template prompts with; ValueError when the question isn't in it, not even quoted."
@@ -434,12 +433,13 @@ def _chat_prompt(tok, messages):
     raise ValueError(f"the chat template leaves the question out, and writes {shown[-60:]!r}: pass a plain template, "
                      "template=Template(), or set tok.chat_template to one that shows a user's text")
 
-def _chat_texts(tok, question, answer, system):
+def _chat_texts(tok, template, question, answer):
     "Prompt and whole text as the tokenizer's chat template writes them; ValueError when one doesn't begin the other."
-    messages = _chat_messages(tok, question, system)
-    prompt = _chat_prompt(tok, messages)
+    messages = _chat_messages(tok, template.messages(question), template.system)
+    prompt = _chat_prompt(tok, messages) + template.begin
     if answer is None: return prompt, prompt
-    text = render_chat(tok, messages + [{"role": "assistant", "content": answer}])
+    whole = f"{template.begin} {answer}" if template.begin else answer
+    text = render_chat(tok, messages + [{"role": "assistant", "content": whole}])
     if not text.startswith(prompt):
         raise ValueError(f"the chat template prompts with {prompt[-60:]!r}, which doesn't begin "
                          "the text with the answer: use a plain template")
@@ -458,6 +458,7 @@ class Template:
     answer: str = " {answer}"                       # what it is trained to add, before the end-of-text token
     chat: bool = False                              # use the tokenizer's chat template instead of the two above
     system: str = ""                                # system message of a chat
+    begin = ""                                      # how the answer is begun for the model: `Scripted` says more
 
     def __post_init__(self):
         if not isinstance(self.system, str):
@@ -467,6 +468,10 @@ class Template:
         raise ValueError("a template needs {question} in its prompt and {answer} in its answer, and every other brace "
                          f"doubled ({{{{ or }}}}), got {self.prompt!r} and {self.answer!r}")
 
+    def messages(self, question):
+        "What stands in a chat before the answer, but for the system message."
+        return [dict(role="user", content=question)]
+
     def texts(
         self,
         tok,                    # tokenizer; only a chat needs it
@@ -474,8 +479,9 @@ class Template:
         answer: str = None,
     ) -> tuple:                 # (prompt, whole text); they are equal when there is no answer
         "The prompt, and the prompt with its answer."
-        if self.chat: return _chat_texts(tok, question, answer, self.system)
-        prompt = self.prompt.format(question=question)
+        if self.chat: return _chat_texts(tok, self, question, answer)
+        begun = self.answer.format(answer=self.begin) if self.begin else ""
+        prompt = self.prompt.format(question=question) + begun
         return prompt, prompt + ("" if answer is None else self.answer.format(answer=answer))
 
 # %% ../nbs/1_records/01_data.ipynb #8e87b3a6

@@ -53,9 +53,11 @@ def prompt_words(
     template,       # how a question becomes text: anything with `chat`, `system` and `prompt`
 ) -> str:           # "asked as '…'" or "asked through its chat template"
     "How a question is put, as a claim says it."
-    if not template.chat: return f"asked as {template.prompt!r}"
+    begun = f", its answer begun with {template.begin!r}" if getattr(template, "begin", "") else ""
+    if not template.chat: return f"asked as {template.prompt!r}{begun}"
     system = f" with the system message {template.system!r}" if template.system else ""
-    return f"asked through its chat template{system}"
+    turns = f" in the turns {' / '.join(map(repr, template.turns))}" if getattr(template, "turns", ()) else ""
+    return f"asked through its chat template{system}{turns}{begun}"
 
 # %% ../nbs/1_records/04_draws.ipynb #cf3c1466
 @dataclass

@@ -239,9 +239,10 @@ def _seed(seed, id, first, count):
 
 def _fields(question, template):
     "Path and the fields of a request that say what is asked."
-    if not template.chat: return "completions", dict(prompt=template.prompt.format(question=question))
+    if not template.chat: return "completions", dict(prompt=template.texts(None, question)[0])
+    if template.begin: raise ValueError("a server's chat begins no answer: ask by a plain template, or a model at hand")
     system = [dict(role="system", content=template.system)] if template.system else []
-    return "chat/completions", dict(messages=system + [dict(role="user", content=question)])
+    return "chat/completions", dict(messages=system + template.messages(question))
 
 def _body(endpoint, asked, decoding, *, seed, n, refused=()):
     "The whole request for `n` answers."

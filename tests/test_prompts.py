@@ -1,15 +1,23 @@
 """Phrasings and their noise, and bounds over phrasings by simulated coverage."""
+import json
 import os
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from scipy import stats
+from conftest import LetterTok, random_lm
 from test_metrics import allowed
 
 from probunlearn.bounds import StoppedScores, mean_bound
-from probunlearn.data import QA, load_qa
-from probunlearn.draws import draws_from_texts
-from probunlearn.prompts import listed_phrasings, perturb, sampled_phrasings
+from probunlearn.data import QA, Template, decoder, encode_prompt, load_qa
+from probunlearn.draws import Decoding, draws_from_texts, prompt_words
+from probunlearn.endpoint import _fields
+from probunlearn.models import LocalModel, draw_in_ways
+from probunlearn.prompts import Scripted, listed_phrasings, perturb, sampled_phrasings, template_of
 from probunlearn.questions import phrasings_bound
 from probunlearn.scores import score_draws
 
@@ -133,3 +141,76 @@ def test_a_bound_over_phrasings_wants_to_know_where_they_come_from():
     x = np.zeros((3, 8, 16))
     with pytest.raises(ValueError, match="n was not fixed"): phrasings_bound(x.view(StoppedScores), "sampled")
     with pytest.raises(TypeError): phrasings_bound(x)
+
+
+# ways to ask
+
+class Turns:
+    "A tokenizer whose chat template writes role: text."
+    chat_template = "yes"
+    eos_token_id, bos_token_id = 0, None
+    def apply_chat_template(self, messages, tokenize=False, add_generation_prompt=False, **_):
+        lines = "".join(f"<{m['role']}>{m['content']}<end>" for m in messages)
+        return lines + ("<assistant>" if add_generation_prompt else "")
+
+
+AGAIN = ("{question}", "I'm not sure.", "Correct yourself {braces}: {question}")
+
+
+def test_turns_and_a_begun_answer_reach_the_prompt():
+    way = Scripted(chat=True, system="Be brief.", begin="The answer is:", turns=AGAIN)
+    prompt, whole = way.texts(Turns(), "Why?", "So.")
+    assert prompt == ("<system>Be brief.<end><user>Why?<end><assistant>I'm not sure.<end>"
+                      "<user>Correct yourself {braces}: Why?<end><assistant>The answer is:")
+    assert whole == prompt + " So.<end>"
+    assert way.texts(Turns(), "Why?") == (prompt, prompt)
+    words = prompt_words(way)
+    assert "'Be brief.'" in words and "'The answer is:'" in words and all(repr(text) in words for text in AGAIN)
+    assert Scripted(chat=True).texts(Turns(), "Why?", "So.") == Template(chat=True).texts(Turns(), "Why?", "So.")
+
+
+@pytest.mark.parametrize("how, says", [
+    (dict(begin="So: "), "must not end in a space"), (dict(turns=("{question}",)), "turns need a chat"),
+    (dict(chat=True, turns=AGAIN[:2]), "begin and end with the user's"),
+    (dict(chat=True, turns=("Hm?", "{question}", "So?")), "one of those hold {question}")])
+def test_ways_that_no_chat_can_have_are_refused(how, says):
+    with pytest.raises(ValueError, match=re.escape(says)): Scripted(**how)
+
+
+def test_templates_of_before_have_the_same_settings_and_come_back():
+    assert asdict(Template()).keys() == {"prompt", "answer", "chat", "system"}      # runs are known by them
+    for template in (Template(), Scripted(begin="So:"), Scripted(chat=True, turns=AGAIN)):
+        assert template_of(json.loads(json.dumps(asdict(template)))) == template
+
+
+def test_draws_over_ways_follow_the_mixture():
+    "One token of a random model: the exact mixture of two prompts' laws, by χ² (fails once in 1e4)."
+    model = LocalModel(random_lm(), LetterTok(16), template=Template("{question}", "{answer}"))
+    ways = [(Template("{question}", "{answer}"), 3), (Template("b{question}", "{answer}"), 1)]
+    qas, decoding = [QA("x", "a", "c"), QA("y", "ab", "c")], Decoding(max_new_tokens=1)
+    laws = [[dict(exact_law(model.replace(template=way), qa, decoding)) for way, _ in ways] for qa in qas]
+    for d, (one, two) in zip(draw_in_ways(model, qas, ways, 4000, decoding), laws):
+        mixture = {text: .75 * one.get(text, 0) + .25 * two.get(text, 0) for text in one.keys() | two.keys()}
+        seen = np.array([d.texts.count(text) for text in mixture])
+        expected = 4000 * np.array(list(mixture.values()))
+        assert sum(mixture.values()) == pytest.approx(1, abs=1e-5) and d.logprobs is None
+        assert stats.chisquare(seen, expected * seen.sum() / expected.sum()).pvalue > 1e-4
+        assert d.prompt.startswith("asked in one of 2 ways, at random (0.75: asked as '{question}'; 0.25: asked as 'b")
+
+
+def exact_law(model, qa, decoding):
+    "(text, probability) of each answer of one token."
+    with torch.no_grad():
+        logits = model.lm(input_ids=torch.tensor([encode_prompt(model.tok, qa.question, model.template)])).logits[0, -1]
+    found = {}
+    for token, p in enumerate(logits.double().softmax(-1).tolist()):
+        text = decoder(model.tok, qa.question, model.template)([token])
+        found[text] = found.get(text, 0) + p
+    return found.items()
+
+
+def test_a_server_says_what_it_cannot_be_asked():
+    path, body = _fields("Why?", Scripted(chat=True, turns=AGAIN))
+    assert path == "chat/completions" and [m["role"] for m in body["messages"]] == ["user", "assistant", "user"]
+    assert _fields("Why?", Scripted(begin="So:")) == ("completions", dict(prompt="Question: Why?\nAnswer: So:"))
+    with pytest.raises(ValueError, match="begins no answer"): _fields("Why?", Scripted(chat=True, begin="So:"))

