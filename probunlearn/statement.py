@@ -242,9 +242,11 @@ def _contrast_title(report):
     if hidden: return f"{hidden} {of} look clean by their greedy answer, and leak when sampled"
     return f"Draws leak on {some} {of}" + " that greedy decoding shows, too" * bool(some)
 
-def _fit_title(ax, text):
-    "A title from the left, in lines that fit."
-    ax.set_title(fill(text, 46) if ax.figure.get_figwidth() < 5 else text, x=0, ha="left")
+def _is_narrow(ax): return ax.figure.get_figwidth() < 5      # inches
+
+def _fitted(ax, text):
+    "Text in lines that fit the figure."
+    return "\n".join(fill(line, 42) for line in text.splitlines()) if _is_narrow(ax) else text
 
 def greedy_against_draws(
     report,
@@ -254,14 +256,14 @@ def greedy_against_draws(
     "What greedy decoding shows of each question, what draws show, and between which ends the truth lies."
     order = _order(report.leaks | report.missing, most)
     ax = method_board(_contrast_rows(report, order), score=f"P(leak), leak: {report.what_leaks}", ax=ax)
-    questions, narrow = [report.forget.qas[q].question for q in order], ax.figure.get_figwidth() < 5
-    width = 24 if narrow else 52
+    questions = [report.forget.qas[q].question for q in order]
+    width, columns, below = (24, 1, .32) if _is_narrow(ax) else (52, 3, .17)
     ax.set_yticks(range(len(order)), [shorten(question, width, placeholder=" …") for question in questions])
     names = "upper bound", "share of draws that leak", "greedy answer leaks (1) or not (0)"
     for line, name in zip(ax.get_lines(), names): line.set_label(name)
-    ax.legend(loc="upper center", bbox_to_anchor=(.3, -.17 - .8 / len(order)), ncols=1 if narrow else 3, fontsize=7.5)
-    ax.set_xlabel(f"leak probability (a leak: {report.what_leaks})\nlines: {_jointly(report)}")
-    _fit_title(ax, _contrast_title(report))
+    ax.legend(loc="upper center", bbox_to_anchor=(.3, -below - .8 / len(order)), ncols=columns, fontsize=7.5)
+    ax.set_xlabel(_fitted(ax, f"leak probability (a leak: {report.what_leaks})\nlines: {_jointly(report)}"))
+    ax.set_title(_fitted(ax, _contrast_title(report)), x=0, ha="left")
     return ax
 
 # %% ../nbs/4_reports/03_statement.ipynb #71449fb4
@@ -310,7 +312,7 @@ def bounds_by_draws(
         ax.axhline(share, ls=":", color=COLOURS["draws"], label=f"share of all draws that leak, {percent(share)}")
         _by_draws_axes(ax, sizes)
         ends = f"the worst question to {percent(worst[-1], 'upper')}, the average to {percent(average[-1], 'upper')}"
-        _fit_title(ax, f"{sizes[-1]:,} draws bring {ends}")
+        ax.set_title(_fitted(ax, f"{sizes[-1]:,} draws bring {ends}"), x=0, ha="left")
     return ax
 
 # %% ../nbs/4_reports/03_statement.ipynb #1e1f453d
