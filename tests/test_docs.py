@@ -10,7 +10,7 @@ from cells import parts
 
 NBS = Path(__file__).parent.parent/"nbs"
 PAPER = (NBS/"docs"/"paper.md").read_text(encoding="utf-8")
-HEADS = "|---", "| in the paper", "| what is pictured"
+HEADS = "|---", "| in the paper", "| what is pictured", "| beyond the paper"
 LINES = [line for line in re.findall(r"^\|.*\|$", PAPER, re.M) if not line.startswith(HEADS)]
 ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in LINES]
 
