@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT/"pyproject.toml").read_text(encoding="utf-8")
 LISTED = re.search(r"^dependencies = \[\n(.*?)^\]", PYPROJECT, re.M | re.S)[1]
 DECLARED = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)[^"]*"', LISTED)}
-OPTIONAL = {"liger_kernel", "vllm", "inspect_ai", "lm_eval"}    # picked up where they are installed, or take us up
+OPTIONAL = {"liger_kernel", "vllm", "inspect_ai", "lm_eval", "gguf"}    # picked up where they are installed, or take us up
 
 
 def read(name): return (ROOT/name).read_text(encoding="utf-8")
