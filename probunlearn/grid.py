@@ -117,11 +117,18 @@ def _write_cell(file, cell, row, settings, made):
     which = dict(name=cell.name, split=cell.split, seed=cell.config.seed)
     write_text(file, json.dumps(which | dict(row=row, settings=settings, versions=made), indent=1))
 
+def _as_now(settings, config):
+    "A file's settings; what later versions added to a config stands at its default."
+    known = json.loads(json.dumps(asdict(type(config)())))
+    try: return settings | dict(config=known | settings["config"])
+    except (TypeError, KeyError): return settings           # no settings of a cell
+
 def _waiting(folder, cells, settings):
     "The cells without a file; ValueError when a file holds another run of a cell."
     there = [cell for cell in cells if (folder/cell.file).exists()]
     for cell in there:
-        if _read_cell(folder/cell.file)["settings"] == _of_cell(settings, cell): continue
+        before = _as_now(_read_cell(folder/cell.file)["settings"], cell.config)
+        if before == _of_cell(settings, cell): continue
         raise ValueError(f"{folder/cell.file} was made with other settings. Choose another folder, or move it away; "
                          "nothing was changed.")
     return [cell for cell in cells if cell not in there]
