@@ -275,7 +275,8 @@ def draw_in_ways(
 ) -> list:                      # of `Draws` without probabilities; ValueError on shares that are none
     "Answers to somebody who asks each time in a way chosen at random."
     shares = _shares(ways)
-    pick = [np.random.default_rng(int(fingerprint(["way", seed, qa.id]), 16)).choice(len(ways), n, p=shares) for qa in qas]
+    seeds = [int(fingerprint(["way", seed, qa.id]), 16) for qa in qas]
+    pick = [np.random.default_rng(own).choice(len(ways), n, p=shares) for own in seeds]
     counts = np.array([np.bincount(chosen, minlength=len(ways)) for chosen in pick])            # (question, way)
     how = dict(decoding=decoding, seed=seed)
     texts = list(_way_draws(model, qas, ways, counts, **how))

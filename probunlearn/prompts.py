@@ -99,7 +99,8 @@ class Scripted(Template):
         if not self.turns: return
         if not self.chat: raise ValueError("turns need a chat: Scripted(chat=True, turns=…)")
         if len(self.turns) % 2 and any("{question}" in text for text in self.turns[::2]): return
-        raise ValueError(f"turns must begin and end with the user's, and one of those hold {{question}}, got {self.turns}")
+        raise ValueError("turns must begin and end with the user's, and one of those hold {question}, "
+                         f"got {self.turns}")
 
     def messages(self, question):
         "The turns, or the question alone."

@@ -120,7 +120,7 @@ class UnlearnConfig(TrainConfig):
     lr: float = 1e-5
     "peak learning rate of AdamW"
     method: str = "npo"
-    "grad_ascent, grad_diff, wga, satimp, npo, simnpo, idk, dpo, undial, ce_u, rmu, pmc, or retain_only (no forget loss)"
+    "grad_ascent, grad_diff, wga, satimp, npo, simnpo, idk, dpo, undial, ce_u, rmu, pmc; retain_only: no forget loss"
     beta: float = None
     "NPO, SimNPO, DPO, WGA, SatImp: how soon the push fades; UNDIAL: how far the logit falls; default: the method's own"
     beta2: float = None
@@ -144,7 +144,7 @@ class UnlearnConfig(TrainConfig):
     lambda_r: float = 0.0
     "weight of the entropy on retain records: < 0 keeps them diverse"
     entropy_on: str = "own"
-    "where the forget entropy is taken: own (the model's greedy answer, by its leak), draws (a draw), answer (secret), all"
+    "where the forget entropy is taken: own (the model's greedy answer, by its leak), draws (a draw), answer, all"
     leak_at: float = 0.5
     "own, draws: an answer leaks by a key word; where a record has none, from this ROUGE-L recall on"
     ramp: float = 0.0

@@ -179,7 +179,8 @@ def test_seeds_are_compared_with_themselves():
 
 def test_methods_without_a_common_seed_are_not_compared():
     apart = by_hand(("a", 0, .9, .5), ("a + own", 1, .9, .3))
-    with pytest.raises(ValueError, match="a and a . own have no training seed in common"): apart.sentence("a", "a + own")
+    with pytest.raises(ValueError, match="a and a . own have no training seed in common"):
+        apart.sentence("a", "a + own")
 
 
 @pytest.mark.parametrize("name", START)

@@ -267,7 +267,8 @@ def test_open_unlearnings_summary_is_made_again_from_its_rows(name, tmp_path):
 def test_draws_with_holes_come_back_from_other_tools_files(tmp_path):
     "What the readers make of the written files is what was written: ids, answers, holes and scores."
     said = [["So.", None, "No.", "So."], [None] * 4, ["Löwe – \"x\"\n", "", "So.", "[1]"]]
-    qas = [QA(id, f"Why {id}?", "So.", alternatives=more) for id, more in zip(("001", "a/b", "7"), ((), ("No.",), ("x",)))]
+    others = {"001": (), "a/b": ("No.",), "7": ("x",)}
+    qas = [QA(id, f"Why {id}?", "So.", alternatives=more) for id, more in others.items()]
     draws = [draws_from_texts(qa.id, texts) for qa, texts in zip(qas, said)]
     x = score_draws(draws, qas, "exact_match")
     written = write_lm_eval(tmp_path/"samples_ours.jsonl", draws, qas, dict(exact_match=x))

@@ -68,7 +68,8 @@ def test_a_begun_answer_and_earlier_turns_reach_the_prompt(model):
     ids = torch.tensor([encode_prompt(model.tok, CAPITALS[0].question, begun.template)])
     told = model.lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0]
     [answer] = begun.greedy(CAPITALS[:1], SHORT)[0].texts
-    assert answer == model.tok.decode(told[ids.shape[1]:], skip_special_tokens=True).strip() and "answer is" not in answer
+    assert answer == model.tok.decode(told[ids.shape[1]:], skip_special_tokens=True).strip()
+    assert "answer is" not in answer
     asked = "asked through its chat template, its answer begun with 'The answer is:'"
     assert begun.asked == begun.draw(CAPITALS[:1], 2, SHORT)[0].prompt == asked
     report = evaluate(begun, CAPITALS[:1], 4, decoding=SHORT, progress=False)

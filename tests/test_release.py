@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT/"pyproject.toml").read_text(encoding="utf-8")
 LISTED = re.search(r"^dependencies = \[\n(.*?)^\]", PYPROJECT, re.M | re.S)[1]
 DECLARED = {name.replace("-", "_") for name in re.findall(r'"([\w-]+)[^"]*"', LISTED)}
-OPTIONAL = {"liger_kernel", "vllm", "inspect_ai", "lm_eval", "gguf"}    # picked up where they are installed, or take us up
+# picked up where they are installed, or they take us up
+OPTIONAL = {"liger_kernel", "vllm", "inspect_ai", "lm_eval", "gguf"}
 
 
 def read(name): return (ROOT/name).read_text(encoding="utf-8")

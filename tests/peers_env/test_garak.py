@@ -34,7 +34,8 @@ def entries(report, kind):
 def test_every_answer_of_a_scan_is_read_once(report):
     table = read_answers(report)
     final = {e["uuid"]: e for e in entries(report, "attempt") if e["status"] == 2}
-    assert table.question_id.unique().tolist() == list(final) and len(table) == sum(len(e["outputs"]) for e in final.values())
+    assert table.question_id.unique().tolist() == list(final)
+    assert len(table) == sum(len(e["outputs"]) for e in final.values())
     for id, rows in table.groupby("question_id"):
         assert Counter(rows.answer) == Counter(output["text"] for output in final[id]["outputs"])
         assert sorted(rows.draw) == list(range(5))
@@ -47,9 +48,10 @@ def test_hits_and_intervals(report):
     table = read_answers(report)
     for entry in entries(report, "eval"):
         x = scores_from_table(table, entry["detector"].removeprefix("detector."))
-        assert x.sum() == entry["fails"] == entry["total_evaluated"] - entry["passed"] and x.size == entry["total_evaluated"]
+        assert x.sum() == entry["fails"] == entry["total_evaluated"] - entry["passed"]
+        assert x.size == entry["total_evaluated"]
         rate = x.mean()
         assert rate in (0, 1)
-        assert entry["confidence_lower"] == entry["confidence_upper"] == rate                   # an interval of no width
+        assert entry["confidence_lower"] == entry["confidence_upper"] == rate              # an interval of no width
         low, high = np.ravel(pooled_rate(x.sum(1).astype(int), 5, .05, "two-sided").value)
         assert high - low == pytest.approx(1 - .025**(1 / x.size))                              # Clopper and Pearson

@@ -22,7 +22,8 @@ from probunlearn.writers import write_lm_eval
 
 QAS = [QA("001", "Where was Quenby born?", "In Tessmark."), QA("b/2", "Who wrote it?", "Ines Sorrel wrote it."),
        QA("7", "What for?", "Nobody knows.")]
-SAID = [["In Lisbon.", "In Tessmark.", "", "Tessmark, in the north"], ["Sorrel", "Me.", "Ines", "Ines Sorrel wrote it."],
+SAID = [["In Lisbon.", "In Tessmark.", "", "Tessmark, in the north"],
+        ["Sorrel", "Me.", "Ines", "Ines Sorrel wrote it."],
         ["Nobody knows.", "Nobody.", "I know.", "Löwe – \"x\"\n"]]
 LOGP = {" oak": -1., " owl": -2.5, " elm": -1.5}
 
@@ -42,7 +43,7 @@ class Told(LM):
         return found
 
     def loglikelihood(self, requests, **_): return [(LOGP[r.args[1]], False) for r in requests]
-    def loglikelihood_rolling(self, requests, **_): raise NotImplementedError
+    def loglikelihood_rolling(self, requests, **_): pytest.fail(f"neither task asks for whole texts, got {requests}")
 
 
 def run(folder, task):
