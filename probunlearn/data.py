@@ -480,9 +480,11 @@ class Template:
     ) -> tuple:                 # (prompt, whole text); they are equal when there is no answer
         "The prompt, and the prompt with its answer."
         if self.chat: return _chat_texts(tok, self, question, answer)
-        begun = self.answer.format(answer=self.begin) if self.begin else ""
-        prompt = self.prompt.format(question=question) + begun
-        return prompt, prompt + ("" if answer is None else self.answer.format(answer=answer))
+        asked = self.prompt.format(question=question)
+        before = self.answer.format(answer="\0").partition("\0")[0] + self.begin      # what is begun for the model
+        prompt = asked + before if self.begin else asked
+        if answer is None: return prompt, prompt
+        return prompt, asked + self.answer.format(answer=f"{self.begin} {answer}" if self.begin else answer)
 
 # %% ../nbs/1_records/01_data.ipynb #8e87b3a6
 def encode_prompt(

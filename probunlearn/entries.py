@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 from .data import QA
 from .draws import Decoding
+from .peers import as_doc
 from .questions import pooled_mean
 from .scores import score_answers
 
@@ -79,6 +80,6 @@ def lm_eval_task(
     "Questions as a task of lm-evaluation-harness (0.4)."
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
-    docs = [dict(id=qa.id, question=qa.question, answer=qa.answer) for qa in qas]
+    docs = list(map(as_doc, qas))
     settings = _task_settings(qas, n, score, decoding)
     return ConfigurableTask(config=settings | dict(custom_dataset=lambda **_: dict(test=Dataset.from_list(docs))))

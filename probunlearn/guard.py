@@ -13,6 +13,7 @@ import numpy as np
 from .bounds import Bound, binary_bound, check_counts, draws_each, leaked
 from .checks import check_alpha, check_leak_at, whole
 from .draws import Decoding, draws_from_texts, fingerprint
+from .models import quiet
 from .scores import score_answers, score_name
 
 # %% ../nbs/5_models/09_guard.ipynb #1c11bc47
@@ -25,10 +26,6 @@ def _blocked(guard, texts, qa):
     said = list(dict.fromkeys(text for text in texts if text is not None))
     no = dict(zip(said, leaked(score_answers(said, qa, guard.verifier), guard.block_at))) if said else {}
     return np.array([no.get(text, False) for text in texts])
-
-def _quiet(model):
-    "How a model is asked without a bar of its own for each try."
-    return dict(progress=False) if hasattr(model, "lm") else {}
 
 def _guarded(guard, qa, first, retry):
     "`Draws` of what passes: blocked answers are replaced by those of the next try, at last by the refusal."
@@ -56,6 +53,8 @@ class Guarded:
     def __post_init__(self):
         whole("tries", self.tries)
         check_leak_at(self.block_at)
+        if isinstance(self.model, Guarded):         # their tries would share random numbers
+            raise ValueError(f"{self.model.name} is guarded already: give one guard a verifier that asks for both")
 
     @property
     def words(self):
@@ -78,6 +77,10 @@ class Guarded:
     @property
     def source(self): return getattr(self.model, "source", self.model.name)
 
+    def replace(self, **changes):
+        "The same guard before the model with some of its parts changed."
+        return replace(self, model=self.model.replace(**changes))
+
     def check(self, qas, decoding):
         "What the model itself would refuse."
         if hasattr(self.model, "check"): self.model.check(qas, decoding)
@@ -92,7 +95,7 @@ class Guarded:
         start: int = 0,         # leave out the draws before this one
     ) -> list:                  # `Draws` without probabilities; errors as the model's own
         "`n` independent answers to each question that passed the verifier, refusals among them."
-        how = dict(start=start) | _quiet(self.model)
+        how = dict(start=start) | quiet(self.model)
         def retry(qa, t): return self.model.draw([qa], n, decoding, _again(seed, t), **how)[0]
         first = self.model.draw(qas, n, decoding, seed, **how)
         return [_guarded(self, qa, d, retry) for qa, d in zip(qas, first)]

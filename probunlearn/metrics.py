@@ -312,16 +312,24 @@ def diversity(
             found[name] = measure(texts) if len(texts) > 1 else np.nan
     return found
 
+# %% ../nbs/2_bounds/07_metrics.ipynb #3d354183
+def average_leak(
+    leaks,                      # (questions, n) which draws leaked
+    alpha: float,               # chance that the claim is wrong
+    side: str = "upper",        # "upper", "lower" or "two-sided"
+    *,
+    anytime: bool,              # hold at every look
+) -> Bound:
+    "Bound on the average leak probability (pooled Clopper, Pearson 1934; anytime: stratified betting)."
+    if not anytime: return pooled_rate(leaks.sum(1), leaks.shape[1], alpha, side)
+    return replace(pooled_mean(leaks * 1., alpha, side, anytime=True), quantity="the average leak probability")
+
 # %% ../nbs/2_bounds/07_metrics.ipynb #3d354182
 def _certified_count(leaks, n, tau, alpha, anytime):    # how many questions are certified, as a claim
     safe = f"the number of questions (of {len(leaks)}) that leak with probability below {tau:g}"
     count = int(certified(leaks, n, tau, alpha, anytime=anytime).sum())
     return Bound(count, alpha, "lower", "holm", n=n, quantity=safe, scope="all listed questions jointly",
                  sampling="anytime" if anytime else "fixed-n")
-
-def _average_leak(leaks, alpha, anytime):               # leaks: (Q, n) which draws leaked
-    if not anytime: return pooled_rate(leaks.sum(1), leaks.shape[1], alpha)
-    return replace(pooled_mean(leaks, alpha, anytime=True), quantity="the average leak probability")
 
 def dataset_claims(
     x,                          # (questions, n) scores in [0, 1]; in the order they were drawn if `anytime`
@@ -345,7 +353,7 @@ def dataset_claims(
     a = alpha / (4 + random_sample) if together else alpha
     claims = {"worst question": worst_question(counts, n, a, anytime=anytime),
               "certified questions": _certified_count(counts, n, tau, a, anytime=anytime),
-              "average leak": _average_leak(leaks, a, anytime),
+              "average leak": average_leak(leaks, a, anytime=anytime),
               "average score": pooled_mean(table, a, missing=missing, anytime=anytime, binary=binary)}
     if random_sample: claims["population"] = population_mean(table, a, missing=missing)
     return claims

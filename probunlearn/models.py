@@ -257,31 +257,42 @@ def _ways_words(ways):
     each = "; ".join(f"{share:.3g}: {prompt_words(way)}" for (way, _), share in zip(ways, _shares(ways)))
     return f"asked in one of {len(ways)} ways, at random ({each})"
 
-def _way_draws(model, qas, ways, counts, **how):
-    "An iterator of answers for each way and question, streams apart by the ids; `counts` (question, way)."
+def quiet(model):
+    "How a model is asked without a bar of its own: only one at hand shows any."
+    return dict(progress=False) if isinstance(model, LocalModel) else {}
+
+def _way_draws(model, qas, ways, counts, decoding, seed):
+    "`Draws` for each way and question, streams apart by the ids; `counts` (question, way)."
     for j, (way, _) in enumerate(ways):
         asked = [dataclasses.replace(qa, id=f"{qa.id}/way{j}") for qa in qas]
         most = max(1, counts[:, j].max())
-        yield [iter(d.texts) for d in model.replace(template=way).draw(asked, int(most), progress=False, **how)]
+        yield model.replace(template=way).draw(asked, int(most), decoding, seed, **quiet(model))
+
+def _in_turn(drawn, chosen, id, words):
+    "One question's `Draws`: each from the way chosen for it, those of a way in their order; a lost one stays lost."
+    told = [iter([(text, d.lost.get(i)) for i, text in enumerate(d.texts)]) for d in drawn]
+    texts, why = zip(*(next(told[j]) for j in chosen))
+    first, lost = drawn[0], {i: reason for i, reason in enumerate(why) if reason}
+    return draws_from_texts(id, list(texts), decoding=first.decoding, seed=first.seed, source=first.source, prompt=words,
+                            lost=lost)
 
 # %% ../nbs/5_models/06_models.ipynb #cbc3c42f
 def draw_in_ways(
     model,                      # anything with `replace(template=…)` and `draw`
-    qas: list,                  # `QA`
+    qas: list,                  # `QA`, at least one
     ways: list,                 # (template, share) of each way to ask
     n: int,                     # draws per question
     decoding: Decoding = Decoding(),
     seed: int = 0,
-) -> list:                      # of `Draws` without probabilities; ValueError on shares that are none
+) -> list:                      # of `Draws` without probabilities; ValueError on shares that are none, or no question
     "Answers to somebody who asks each time in a way chosen at random."
+    if not qas: raise ValueError("there is no question to ask: qas is empty")
     shares = _shares(ways)
     seeds = [int(fingerprint(["way", seed, qa.id]), 16) for qa in qas]
     pick = [np.random.default_rng(own).choice(len(ways), n, p=shares) for own in seeds]
     counts = np.array([np.bincount(chosen, minlength=len(ways)) for chosen in pick])            # (question, way)
-    how = dict(decoding=decoding, seed=seed)
-    texts = list(_way_draws(model, qas, ways, counts, **how))
-    return [draws_from_texts(qa.id, [next(texts[j][q]) for j in chosen], prompt=_ways_words(ways), **how)
-            for q, (qa, chosen) in enumerate(zip(qas, pick))]
+    drawn, words = zip(*_way_draws(model, qas, ways, counts, decoding=decoding, seed=seed)), _ways_words(ways)
+    return [_in_turn(of, chosen, id=qa.id, words=words) for qa, chosen, of in zip(qas, pick, drawn)]
 
 # %% ../nbs/5_models/06_models.ipynb #e23877a0
 _RENAMED = dict(load_lm="load_model(folder)", small_lm='small_model("full")', save_lm="model.save(folder)")

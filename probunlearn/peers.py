@@ -286,11 +286,15 @@ def _option_row(line, logp):
                 probability=float(share[choices.index(right)]))
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #6ae1508f
+def as_doc(qa):
+    "A record as a document of lm-evaluation-harness, marked so that it is read again under its own id."
+    return dict(id=qa.id, question=qa.question, answer=qa.answer, source="probunlearn")
+
 def _lm_eval_rows(line):
     "One row per response of one logged record."
     numbers = {k: float(v) for k, v in line.items() if isinstance(v, (int, float)) and k != "doc_id"}
-    doc = line.get("doc") or {}
-    ours = doc.keys() == {"id", "question", "answer"}                   # as `write_lm_eval` writes it
+    doc = line.get("doc")
+    ours = isinstance(doc, dict) and doc.get("source") == "probunlearn"
     row = dict(question_id=str(doc["id"] if ours else line["doc_id"]), question=_prompt(line["arguments"]), draw=0)
     logp = [_likelihood(response) for response in line["resps"]]
     if len(logp) > 1 and None not in logp: return [row | _option_row(line, logp) | numbers]

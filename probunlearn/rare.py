@@ -13,7 +13,7 @@ import torch
 
 # %% ../nbs/6_exact/03_rare.ipynb #76ae715a
 from .bounds import Bound, binary_bound, leaked, mean_bound, rounded
-from .checks import check_alpha, chosen, is_whole
+from .checks import check_alpha, chosen, is_whole, whole
 from .draws import Decoding, Draws, draws_from_tokens
 from .exact import Enumeration, forced_logits, quantity, sequence_logprobs, tokens_behind
 from .data import decoder
@@ -242,6 +242,10 @@ class Steered:
 
     def __post_init__(self):
         if not 0 < self.share < 1: raise ValueError(f"share must lie strictly between 0 and 1, got {self.share}")
+        if not self.temperature > 0: raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if bool(whole("first", self.first, 0)) != (self.temperature != 1):
+            raise ValueError("first= says how many tokens are hotter, temperature= how much: give both or neither, got "
+                             f"first={self.first}, temperature={self.temperature}")
         if self.toward is None and not self.first:
             raise ValueError("a proposal that is steered nowhere is the model itself: name a model, toward=, or how "
                              "many tokens are hotter, first= and temperature=")

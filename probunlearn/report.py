@@ -23,10 +23,10 @@ from .checks import chosen, whole
 from .data import check_unique
 from .draws import draws_digest
 from .files import as_bytes, visible, write_together
-from .metrics import beyond_one, dataset_claims, diversity, leakage, seen_mass_bounds
+from .metrics import average_leak, beyond_one, dataset_claims, diversity, leakage, seen_mass_bounds
 from .page import html_page, in_notebook, picture, prompt_of, way
 from .plots import method_board, score_density
-from .questions import certified, pooled_mean, pooled_rate, tolerance_bound, worst_question
+from .questions import certified, tolerance_bound, worst_question
 from .scores import check_score, is_binary, score_answers, score_draws, score_name
 from .sequential import RateSequence, looked
 from .statement import board_body, board_card, board_lead, card, lead, ledger, one_of_several
@@ -146,10 +146,7 @@ def _at_least(report):
 def _average_at_least(report):
     "The lower end of the average leak, which a limit is compared with; nothing where no limit was set."
     if report.limit is None: return {}
-    leaks, name = report.leaks, "average leak, at least"
-    if not report.anytime: return {name: pooled_rate(leaks.sum(1), leaks.shape[1], report.alpha, "lower")}
-    low = pooled_mean(leaks * 1., report.alpha, "lower", anytime=True)
-    return {name: replace(low, quantity="the average leak probability")}
+    return {"average leak, at least": average_leak(report.leaks, report.alpha, "lower", anytime=report.anytime)}
 
 def _bounds(report):
     "The guaranteed statements by name, paid for, with their whole scope."

@@ -197,8 +197,8 @@ def checked_plan(
 _NEWER = ("prompt", "asked", "memory")      # settings that runs of an earlier version don't name
 
 def _check_same(run, settings):
-    "ValueError when a folder's run has other settings."
-    for name, now in settings.items():
+    "ValueError when a folder's run has other settings; both are compared as a file holds them."
+    for name, now in json.loads(json.dumps(settings)).items():
         there = run.settings.get(name)
         if name in _NEWER and there is None: continue
         if there != now:

@@ -14,7 +14,7 @@ import numpy as np
 
 # %% ../nbs/4_reports/03_statement.ipynb #3914048e
 from .bounds import binary_bound, leaked, rounded
-from .data import Template
+from .prompts import template_of
 from .page import REDACTED, drawing, filled, in_digits, percent, table
 from .plots import COLOURS, method_board, style
 from .questions import pooled_rate, stratified_betting, worst_question
@@ -388,15 +388,18 @@ def _called(values):
 
 def _template_call(template):
     "A template as it is made, from its fields."
-    usual = vars(Template())
-    changed = {name: value for name, value in template.items() if value != usual.get(name)}
-    return f"template=Template({_called(changed)})"
+    t = template_of(template)
+    usual = vars(type(t)())
+    return f"template={type(t).__name__}({_called({name: v for name, v in vars(t).items() if v != usual[name]})})"
 
 def _model_call(how, rule):
     "The line that loads the model."
     given = [repr(how.get("source", "a model's folder or hub id"))]
     if isinstance(how.get("template"), dict): given.append(_template_call(how["template"]))
-    return f"model = load_model({', '.join(given)})" + f"    # with rule={rule}" * bool(rule)
+    guard = how.get("guard", "")                # stands in the decoding's rule, too
+    own = rule.removesuffix(guard).rstrip(", ")
+    call = f"model = load_model({', '.join(given)})" + f"    # with rule={own}" * bool(own)
+    return call + f"\nmodel = Guarded(model, …)    # {guard}" * bool(guard)
 
 def _evaluate_call(report):
     "The lines that evaluate it."

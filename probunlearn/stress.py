@@ -110,14 +110,23 @@ def _by_rounding(model, bits):
     lm = lm.merge_and_unload() if hasattr(lm, "merge_and_unload") else lm
     return round_file(lm, bits) if bits in _FILES else round_linear(lm, bits)
 
+def _check_bits(model, bits):
+    "ValueError on unknown bits, or on weights that a file's format can't hold; ImportError without GGUF's package."
+    if bits not in (4, 8, *_FILES):
+        raise ValueError(f"bits must be 4 or 8, or a file's format ({', '.join(_FILES)}), got {bits!r}")
+    if bits not in _FILES[1:]: return
+    if not find_spec("gguf"): raise ImportError(f"rounding to {bits} needs GGUF's own package: pip install gguf")
+    odd = [name for name, p in model.lm.named_parameters() if p.ndim == 2 and p.shape[1] % 32]
+    if odd: raise ValueError(f"{bits} rounds blocks of 32 numbers, and the rows of {odd[0]} don't divide into them: "
+                             "leave it out of bits")
+
 @takes_model
 def quantised(
     model: LocalModel,  # it stays as it is
     bits=8,             # 8 or 4, or a file's format: "bf16", "Q8_0", "Q4_0"
 ) -> tuple:             # (quantised copy, how it was made: "bitsandbytes" or "rounded"); ValueError on other bits
     "A model in 8 or 4 bits: by bitsandbytes on a GPU that has it, by plain rounding elsewhere; or as a file keeps it."
-    if bits not in (4, 8, *_FILES):
-        raise ValueError(f"bits must be 4 or 8, or a file's format ({', '.join(_FILES)}), got {bits!r}")
+    _check_bits(model, bits)
     kernels = bits not in _FILES and model.lm.device.type == "cuda" and find_spec("bitsandbytes")
     lm = _by_kernels(model, bits) if kernels else _by_rounding(model, bits)
     return model.replace(lm=lm), "bitsandbytes" if kernels else "rounded"
@@ -186,6 +195,8 @@ def durable(
     if steps and not learn: raise ValueError("steps of relearning need the records that an attacker holds: learn=")
     if known := {qa.id for qa in learn} & {qa.id for qa in qas}:
         raise ValueError(f"{min(known)!r} is learnt and asked: ask for what the attacker doesn't hold")
+    for b in bits: _check_bits(model, b)                        # before anything is drawn
+    for k in steps: replace(config, steps=k)
     board = _board(_states(model, bits, learn=learn, steps=steps, config=config), qas, "Durability", options)
     board.notes.append(_stays(board, tau))
     return board

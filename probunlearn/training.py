@@ -79,7 +79,6 @@ ENTROPY_ON = ("answer", "all", "own", "draws")
 # %% ../nbs/8_unlearning/06_training.ipynb #d7c59057
 def _check_unlearning(config):
     "ValueError on a setting of an `UnlearnConfig` that is out of range."
-    TrainConfig.__post_init__(config)
     chosen("method", config.method, METHODS)
     chosen("entropy_on", config.entropy_on, ENTROPY_ON)
     chosen("retain_loss", config.retain_loss, ("nll", "kl"))
@@ -106,6 +105,10 @@ def _stopped(rows, allowed):
     if now <= first + allowed: return None
     return f"stopped after update {len(rows)}: the retain loss rose from {first:.2g} to {now:.2g} nats per token"
 
+def _rank(values, floor):
+    "The leak bound that a probe saw, where so much of the retain score was kept."
+    return values["leak_bound"] if "leak_bound" in values and values["greedy_retain"] >= floor else None
+
 def _broken(rows):
     "Sentences on a run that lost what it should keep."
     first, now = _retain_rise(rows, max(1, len(rows) // 10))
@@ -120,7 +123,8 @@ class UnlearnConfig(TrainConfig):
     lr: float = 1e-5
     "peak learning rate of AdamW"
     method: str = "npo"
-    "grad_ascent, grad_diff, wga, satimp, npo, simnpo, idk, dpo, undial, ce_u, rmu, pmc; retain_only: no forget loss"
+    ("grad_ascent, grad_diff, wga, satimp, npo, simnpo, idk, dpo, undial, ce_u, rmu, pmc; or "
+     "retain_only (no forget loss: retain and entropy alone, for a model that refuses already)")
     beta: float = None
     "NPO, SimNPO, DPO, WGA, SatImp: how soon the push fades; UNDIAL: how far the logit falls; default: the method's own"
     beta2: float = None
@@ -144,7 +148,8 @@ class UnlearnConfig(TrainConfig):
     lambda_r: float = 0.0
     "weight of the entropy on retain records: < 0 keeps them diverse"
     entropy_on: str = "own"
-    "where the forget entropy is taken: own (the model's greedy answer, by its leak), draws (a draw), answer, all"
+    ("where the forget entropy is taken: own (the model's own greedy answer where it doesn't leak), draws (an answer "
+     "drawn from it), answer (the secret answer, as in the paper), all (every position, as in the reference)")
     leak_at: float = 0.5
     "own, draws: an answer leaks by a key word; where a record has none, from this ROUGE-L recall on"
     ramp: float = 0.0
@@ -157,6 +162,7 @@ class UnlearnConfig(TrainConfig):
     "best: greedy score on retain questions that the chosen weights must have"
 
     def __post_init__(self):
+        super().__post_init__()
         _check_unlearning(self)
 
     def given(self, **names):
@@ -170,8 +176,7 @@ class UnlearnConfig(TrainConfig):
 
     def rank(self, values):
         "The leak bound, where the retain questions are still answered."
-        if self.keep != "best" or "leak_bound" not in values: return None
-        return values["leak_bound"] if values["greedy_retain"] >= self.utility_floor else None
+        return _rank(values, self.utility_floor) if self.keep == "best" else None
 
     def stop_reason(self, rows):
         "Early stopping on the retain loss."
@@ -261,7 +266,7 @@ class Material:
 # %% ../nbs/8_unlearning/06_training.ipynb #b57484ce
 class Batch:
     "A forget and a retain batch as a method sees them."
-    def __init__(self, material, wrapped, pairs, seed=0):
+    def __init__(self, material, wrapped, pairs, seed):
         self.material = material
         self.wrapped = wrapped      # causal LM as it is wrapped for training
         self.seed = seed            # of the model's own answers

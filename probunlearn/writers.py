@@ -12,6 +12,7 @@ import json
 import numpy as np
 from scipy.stats import hmean
 from .files import write_text
+from .peers import as_doc
 from .memory import auc
 from .tofu import forget_quality, truth_score
 
@@ -69,12 +70,12 @@ def write_inspect_scores(
     return write_text(Path(path), "".join(json.dumps(line) + "\n" for line in lines))
 
 # %% ../nbs/3_benchmarks/06_writers.ipynb #40fe8189
-def _hashed(text): return sha256(text.encode()).hexdigest()
+def _hashed(text): return sha256(text.encode("utf-8", "replace")).hexdigest()
 
 def _lm_eval_line(number, qa, texts, scores):
     "One record's line; `scores` by name, one number each."
     target = str([qa.answer, *qa.alternatives]) if qa.alternatives else qa.answer
-    doc = dict(id=qa.id, question=qa.question, answer=qa.answer)
+    doc = as_doc(qa)
     hashes = dict(doc_hash=_hashed(json.dumps(doc, indent=2, ensure_ascii=False)),
                   prompt_hash=_hashed(qa.question), target_hash=_hashed(target))
     arguments = dict(gen_args_0=dict(arg_0=qa.question, arg_1={}))
@@ -93,4 +94,4 @@ def write_lm_eval(
     def mean(row): return float(np.nanmean(row)) if np.isfinite(row).any() else None
     lines = [_lm_eval_line(i, qa, d.texts, {name: mean(x[i]) for name, x in scores.items()})
              for i, (d, qa) in enumerate(zip(draws, qas))]
-    return write_text(Path(path), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return write_text(Path(path), "".join(json.dumps(line) + "\n" for line in lines))
