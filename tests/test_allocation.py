@@ -13,11 +13,15 @@ from probunlearn.models import small_model
 from probunlearn.reading import report_run
 from probunlearn.runs import read_run
 
-RUNS, ALPHA = 400, .05
+ALPHA = .05
 BELOW = 1 - 1e-9        # a hair below the border
 
 
-def allowed(alpha, runs=RUNS): return alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
+@pytest.fixture(params=[100, pytest.param(400, marks=pytest.mark.slow)])
+def runs(request): return request.param
+
+
+def allowed(alpha, runs): return alpha + 3 * math.sqrt(alpha * (1 - alpha) / runs)
 
 
 def run(rates, goal, seed, *, tau=.1, alpha=ALPHA, budget=1500, batch=16):
@@ -38,28 +42,28 @@ SETS = {
 
 
 @pytest.mark.parametrize("rates", SETS.values(), ids=SETS)
-def test_a_wrong_yes_is_rare(rates):
-    said = [run(rates * .1, "certify", seed)[0] for seed in range(RUNS)]
-    assert said.count("holds") / RUNS <= allowed(ALPHA)
+def test_a_wrong_yes_is_rare(rates, runs):
+    said = [run(rates * .1, "certify", seed)[0] for seed in range(runs)]
+    assert said.count("holds") / runs <= allowed(ALPHA, runs)
 
 
 @pytest.mark.parametrize("rates", [SETS[name] for name in ("all equal", "one bad", "half bad")])
-def test_a_wrong_no_is_rare(rates):
-    said = [run(rates * .1 * BELOW, "certify", seed)[0] for seed in range(RUNS)]
-    assert said.count("refuted") / RUNS <= allowed(ALPHA)
+def test_a_wrong_no_is_rare(rates, runs):
+    said = [run(rates * .1 * BELOW, "certify", seed)[0] for seed in range(runs)]
+    assert said.count("refuted") / runs <= allowed(ALPHA, runs)
 
 
 @pytest.mark.parametrize("side", [1, BELOW], ids=["on the border", "a hair below"])
 @pytest.mark.parametrize("rates", SETS.values(), ids=SETS)
-def test_a_wrong_name_is_rare(rates, side):
+def test_a_wrong_name_is_rare(rates, side, runs):
     bad = rates * side >= 1
-    found = [run(rates * .1 * side, "name", seed)[1] for seed in range(RUNS)]
+    found = [run(rates * .1 * side, "name", seed)[1] for seed in range(runs)]
     wrong = [(tally.more & ~bad).any() or (tally.less & bad).any() for tally in found]
-    assert np.mean(wrong) <= allowed(ALPHA)
+    assert np.mean(wrong) <= allowed(ALPHA, runs)
 
 
 @pytest.mark.parametrize("rates", SETS.values(), ids=SETS)
-def test_a_wrong_worst_is_rare(rates):
+def test_a_wrong_worst_is_rare(rates, runs):
     def wrong(seed):
         p, (_, tally) = rates * .1, run(rates * .1, "worst", seed, budget=400)
         first = tally.low.argmax()
@@ -68,7 +72,7 @@ def test_a_wrong_worst_is_rare(rates):
             0, rival - tally.low[first]
         )
 
-    assert np.mean([wrong(seed) for seed in range(RUNS // 4)]) <= allowed(ALPHA, RUNS // 4)
+    assert np.mean([wrong(seed) for seed in range(runs // 4)]) <= allowed(ALPHA, runs // 4)
 
 
 @pytest.mark.parametrize("bad", [1, 4, 10])

@@ -13,10 +13,11 @@ from conftest import LetterTok, random_lm
 from test_metrics import allowed
 
 from probunlearn.bounds import StoppedScores, mean_bound
-from probunlearn.data import QA, Template, decoder, encode_prompt, load_qa
+from probunlearn.data import QA, Template, decoder, encode_prompt, fictional_authors, load_qa
 from probunlearn.draws import Decoding, draws_from_texts, prompt_words
 from probunlearn.endpoint import _fields
-from probunlearn.models import LocalModel, draw_in_ways
+from probunlearn.evaluation import evaluate
+from probunlearn.models import LocalModel, draw_in_ways, small_model
 from probunlearn.prompts import Scripted, listed_phrasings, perturb, sampled_phrasings, template_of
 from probunlearn.questions import phrasings_bound
 from probunlearn.scores import score_draws
@@ -181,6 +182,13 @@ def test_templates_of_before_have_the_same_settings_and_come_back():
     assert asdict(Template()).keys() == {"prompt", "answer", "chat", "system"}      # runs are known by them
     for template in (Template(), Scripted(begin="So:"), Scripted(chat=True, turns=AGAIN)):
         assert template_of(json.loads(json.dumps(asdict(template)))) == template
+
+
+def test_an_evaluation_by_a_script_goes_on(tmp_path):
+    "The folder keeps the turns as a list; the script that asks has a tuple."
+    model, qas = small_model("retain", template=Scripted(begin="So:")), fictional_authors("forget10")[:2]
+    for n in (8, 16): report = evaluate(model, qas, n=n, out=tmp_path, progress=False)
+    assert report.leaks.shape == (2, 16) and "its answer begun with 'So:'" in str(report)
 
 
 def test_draws_over_ways_follow_the_mixture():

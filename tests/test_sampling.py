@@ -40,13 +40,13 @@ def first_tokens(draws): return [tuple(d.tokens[0]) for d in draws]
 
 
 def test_greedy_equals_generate_on_the_packaged_models(full, retain):
-    "50 prompts; one by one and as one left-padded batch; the retain model improvises on the last 40."
-    qas, decoding = fictional_authors()[-50:], Decoding(max_new_tokens=32)
+    "20 prompts; one by one and as one left-padded batch; the retain model improvises on the last 18."
+    qas, decoding = fictional_authors()[-44::2][:20], Decoding(max_new_tokens=32)
     for model in (full, retain):
         prompts = [encode_prompt(model.tok, qa.question) for qa in qas]
         alone = [generated(model.lm, [p], 32)[0] for p in prompts]
         assert first_tokens(model.greedy(qas, decoding, merge=1)) == alone
-        assert first_tokens(model.greedy(qas, decoding, merge=50)) == alone == generated(model.lm, prompts, 32)
+        assert first_tokens(model.greedy(qas, decoding, merge=20)) == alone == generated(model.lm, prompts, 32)
 
 
 FORMATS = [(kind, dtype) for kind in KINDS for dtype in (torch.float64, torch.float32)]
