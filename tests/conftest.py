@@ -2,6 +2,7 @@
 import importlib.util
 import math
 import multiprocessing
+import os
 import subprocess
 import sys
 from multiprocessing import forkserver
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from probunlearn.data import QA, Template
@@ -123,12 +125,15 @@ def retain():
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    "The folder of the website, built once as `make docs` builds it."
+    "The folder of the website as `make docs` builds it; one of the workers builds it for all of them."
     if not importlib.util.find_spec("myst_nb"): pytest.skip("needs pip install -e '.[docs]'")
-    out = tmp_path_factory.mktemp("website")/"site"
+    own = tmp_path_factory.getbasetemp()
+    out = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)/"website"
     script = Path(__file__).parent.parent/"tools"/"build_docs.py"
-    done = subprocess.run([sys.executable, script, out], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            done = subprocess.run([sys.executable, script, out], capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     return out
 
 
