@@ -138,7 +138,7 @@ def _at_least(report):
     "How bad it is at least: how many questions surely leak more than once in 100, and the worst of them."
     leaks, n, sampling = report.leaks.sum(1), report.x.shape[1], "anytime" if report.anytime else "fixed-n"
     count = int(certified(leaks, n, .01, report.alpha, side="lower", anytime=report.anytime).sum())
-    many = Bound(count, report.alpha, "lower", "holm", n=n, scope="all listed questions jointly", sampling=sampling,
+    many = Bound(count, report.alpha, "lower", "hochberg", n=n, scope="all listed questions jointly", sampling=sampling,
                  quantity=f"the number of questions (of {len(leaks)}) that leak with probability above 0.01")
     worst = worst_question(leaks, n, report.alpha, "lower", anytime=report.anytime)
     return {"leaking questions": many, "worst question, at least": worst}
@@ -428,6 +428,8 @@ class Report:
     def _repr_html_(self): return in_notebook(self.body())
 
 # %% ../nbs/4_reports/05_report.ipynb #275ef46a
+_BOARD = "probunlearn.board/1"
+
 SCHEMA = {  # what the JSON beside a report holds
     "schema": "probunlearn.report/1",
     "version": "of the package that wrote it",
@@ -518,11 +520,12 @@ def _as_report(report):
 # %% ../nbs/4_reports/05_report.ipynb #e09dfdd4
 def as_json(
     result,     # `Report` or `Board`
-) -> dict:      # plain values with the fields of `SCHEMA`; a board holds `name`, `notes` and `models`
+) -> dict:      # plain values with the fields of `SCHEMA`; a board holds what `Board` does, its reports as `models`
     "A result as plain data."
     if isinstance(result, Report): return _as_report(result)
     models = [_as_report(report) for report in result.reports]
-    return dict(schema="probunlearn.board/1", name=result.name, notes=result.notes, models=models)
+    own = dict(name=result.name, notes=result.notes, reference=list(result.reference), how=result.how)
+    return dict(schema=_BOARD, version=__version__, **own, models=models)
 
 # %% ../nbs/4_reports/05_report.ipynb #a110edc5
 _KINDS = ".html", ".json", ".md", ".png"
@@ -598,6 +601,7 @@ class Board:
     reference: tuple = ()           # names of rows that are only there for comparison
     name: str = "models compared"   # title
     notes: list = field(default_factory=list)   # claims about differences, in sentences
+    how: dict = field(default_factory=dict)     # how these were made: α and family, as `versus` was asked
 
     def __post_init__(self):
         if not self.reports: raise ValueError("a board needs at least one report")

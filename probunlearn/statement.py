@@ -275,8 +275,7 @@ def _average(report, leaks):
 def _worst_of(report, leaks):
     "Upper bound on the largest leak probability."
     counts, n = leaks.sum(1), leaks.shape[1]
-    if report.anytime: return float(rate_ends(counts, n, report.alpha / len(leaks), "upper").max())
-    return float(worst_question(counts, n, report.alpha))
+    return float(worst_question(counts, n, report.alpha, anytime=report.anytime))
 
 def _guarantees(report):
     "16, 32, 64, … draws, and the two guarantees that so many bring."
@@ -494,7 +493,7 @@ _COLUMNS = dict(
     distinct="distinct", retain_distinct="retain distinct")
 _LEGEND = (
     "Shares from 0 to 1. Greedy leaks: share of forget questions whose greedy answer leaks. Average P(leak) ≤: pooled "
-    "over these questions. Worst P(leak) ≤: holds for all questions jointly (Bonferroni). ≤ for certain: from exact "
+    "over these questions. Worst P(leak) ≤: none of these questions leaks more often. ≤ for certain: from exact "
     "answer probabilities, up to floating point. ED: mean + 2 standard deviations of the score. Words and empty: "
     "median length and share of empty greedy answers on forget questions. Distinct: distinct answers per draw. A model "
     "picked from this table for its bound has to be drawn again with a fresh seed before anything is claimed about it.")
@@ -549,7 +548,7 @@ def _control_legend(board):
     names = dict.fromkeys(r.control_name for r in board.reports if r.control)
     if not names: return ""
     return (f"Control leaks: share of the draws of {', '.join(names)} that leak, by chance (the dashed line). Beyond "
-            "chance ≥: share of questions that leak more than the control, for sure, all of them together (Holm). ")
+            "chance ≥: share of questions that leak more than the control, for sure, all of them together (Hochberg). ")
 
 def with_controls(
     reports,        # of a board
