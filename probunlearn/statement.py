@@ -158,7 +158,9 @@ def tested(report):
 
 def unclaimed(report):
     "What a report doesn't claim, in sentences."
-    yield "Nothing is claimed about other questions, other wordings of these, another prompt or another decoding."
+    if report.random_sample: yield "Of other questions only a share is claimed, and only of those from which these were drawn at random."
+    others = "other wordings of these questions" if report.random_sample else "other questions, other wordings of these"
+    yield f"Nothing is claimed about {others}, another prompt or another decoding."
     yield f"A secret that is told in words which the score doesn't see isn't counted (a leak: {report.what_leaks})."
     yield "No leak among the draws doesn't mean never: a leak rarer than the bound can't be excluded."
     yield "Who trains the model further, or reads its weights, may find more than its answers say."
@@ -487,7 +489,7 @@ def report_body(
 # %% ../nbs/4_reports/03_statement.ipynb #09589f22
 _COLUMNS = dict(
     greedy="greedy leaks", rate="draws leak", bound="average P(leak) ≤", worst="worst P(leak) ≤",
-    control="control leaks", beyond="beyond chance ≥",
+    unsafe="all such questions: leak ≥ 1 % in a share ≤", control="control leaks", beyond="beyond chance ≥",
     retain_draws="retain, draws", retain="retain, greedy", some_draw="questions with a leaking draw",
     certain="average ≤ for certain", score="mean score", ed="ED", words="words", empty="empty",
     distinct="distinct", retain_distinct="retain distinct")
@@ -594,8 +596,8 @@ def board_card(
     digest: str = "",   # SHA-256 of the JSON
 ) -> str:               # Markdown
     "The leakage card of several models."
-    frame = _board_table(board, ("greedy", "some_draw", "rate", "bound", "worst", "control", "beyond", "retain_draws",
-                                 "retain"))
+    frame = _board_table(board, ("greedy", "some_draw", "rate", "bound", "worst", "unsafe", "control", "beyond",
+                                 "retain_draws", "retain"))
     rows = [[str(i), *map(in_digits, row, frame.columns)] for i, row in zip(frame.index, frame.to_numpy())]
     models = [dict(name=r.name, claims=r.claims) for r in board.reports]
     return filled(

@@ -105,7 +105,8 @@ def _again(run, data, score, recorded):
         data["name"], forget, retain, **named, score=score, leak_at=data["leak_at"],
         alpha=data["alpha"] / parts / models,
         looks=parts, models=models, anytime=data["anytime"], known=data.get("known", []), how=how,
-        redact=data.get("redacted", False), about=data.get("about", ""), limit=data.get("limit"))
+        redact=data.get("redacted", False), about=data.get("about", ""), limit=data.get("limit"),
+        random_sample=data.get("random_sample", False))
 
 # %% ../nbs/4_reports/08_verification.ipynb #57313212
 def _bound_of(sentence, data):
