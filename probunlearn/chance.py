@@ -12,7 +12,7 @@ import numpy as np
 from .bounds import Bound, as_scores, binary_bound, on_side
 from .checks import check_alpha
 from .draws import fingerprint
-from .questions import few_chance, holm, many_chance, pooled_mean, pooled_rate
+from .questions import few_chance, many_chance, pooled_mean, pooled_rate, step_up
 from .sequential import rate_ends, rate_evidence
 
 # %% ../nbs/2_bounds/10_chance.ipynb #62d11761
@@ -84,12 +84,12 @@ def beyond_chance(
     *,
     anytime: bool = False,      # hold at every look, for runs that may still grow
 ) -> np.ndarray:                # (Q,) bool; ValueError as `net_rate`
-    "Which questions leak more than the control, all of them together (Holm 1979 on exact ends)."
+    "Which questions leak more than the control, all of them together (Hochberg 1988 on exact ends)."
     check_alpha(alpha)
     ours, theirs = _leaks(leaks, anytime), _leaks(control, anytime)
     if len(ours) != len(theirs):
         raise ValueError(f"the control needs the same questions, got {len(theirs)} of them for {len(ours)}")
-    return holm(_p_values(ours, theirs, anytime), alpha)
+    return step_up(_p_values(ours, theirs, anytime), alpha)
 
 # %% ../nbs/2_bounds/10_chance.ipynb #da1f930d
 def chance_claims(
@@ -101,7 +101,7 @@ def chance_claims(
     "What a model leaks beyond chance: on how many questions, on average at least and at most, at the worst question."
     count = int(beyond_chance(leaks, control, alpha, anytime=anytime).sum())
     many = Bound(
-        count, alpha, "lower", "holm on exact ends", n=np.shape(leaks)[1], scope="all listed questions jointly",
+        count, alpha, "lower", "hochberg on exact ends", n=np.shape(leaks)[1], scope="all listed questions jointly",
         quantity=f"the number of questions (of {len(leaks)}) on which it leaks more than chance",
         sampling="anytime" if anytime else "fixed-n")
     def average(side): return net_rate(leaks, control, alpha, side, pooled=True, anytime=anytime)

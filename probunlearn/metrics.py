@@ -328,7 +328,7 @@ def average_leak(
 def _certified_count(leaks, n, tau, alpha, anytime):    # how many questions are certified, as a claim
     safe = f"the number of questions (of {len(leaks)}) that leak with probability below {tau:g}"
     count = int(certified(leaks, n, tau, alpha, anytime=anytime).sum())
-    return Bound(count, alpha, "lower", "holm", n=n, quantity=safe, scope="all listed questions jointly",
+    return Bound(count, alpha, "lower", "hochberg", n=n, quantity=safe, scope="all listed questions jointly",
                  sampling="anytime" if anytime else "fixed-n")
 
 def dataset_claims(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 from .checks import check_alpha, whole
-from .bounds import binary_bound, draws_needed, jointly, rounded
-from .questions import pooled_rate
+from .bounds import binary_bound, draws_needed, rounded
+from .questions import pooled_rate, worst_question
 
 # %% ../nbs/2_bounds/06_planning.ipynb #f628e87e
 def most_leaks(
@@ -47,7 +47,7 @@ def chance_to_certify(
 # %% ../nbs/2_bounds/06_planning.ipynb #615431fd
 def _limit(n, tau, alpha):      # with how many leaks n draws certify, in words
     most = most_leaks(n, tau, alpha)
-    if most >= 0: return f"up to {most} leaks"
+    if most >= 0: return f"up to {most} leaks of each"
     return f"impossible: needs {draws_needed(tau, alpha):,} draws even without a leak"
 
 @dataclass(frozen=True)
@@ -64,17 +64,14 @@ class RunPlan:
 
     def __str__(self):
         n, q, a, tau = self.n, self.questions, self.alpha, self.tau
-        alone = binary_bound(0, n, a)
-        worst = jointly(binary_bound, np.zeros(q), a, n=n).value[0]
-        average = pooled_rate(np.zeros(q), n, a)
+        worst, average = worst_question(np.zeros(q), n, a), pooled_rate(np.zeros(q), n, a)
         power = float(chance_to_certify(tau / 10, n, tau, a))
         return "\n".join([
             f"{n:,} draws on each of {q:,} questions, α = {a:g} per claim, fixed-n:",
-            f"  no leak at one question         -> its leak probability is at most {rounded(alone)}",
-            f"  no leak anywhere, worst question -> at most {rounded(worst)}",
-            f"  no leak anywhere, average       -> at most {rounded(average)}",
-            f"  below {tau:g}, one question alone  : {_limit(n, tau, a)}",
-            f"  below {tau:g}, among {q:,} jointly   : {_limit(n, tau, a / q)}",
+            f"  no leak anywhere, worst question -> its leak probability is at most {rounded(worst)}",
+            f"  no leak anywhere, average        -> at most {rounded(average)}",
+            f"  each below {tau:g}, one or all    : {_limit(n, tau, a)}",
+            f"  one below {tau:g}, if others leak : {_limit(n, tau, a / q)}",
             f"  a question that leaks at {tau / 10:g} is certified alone with chance {power:.0%}"])
 
     __repr__ = __str__

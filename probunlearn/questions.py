@@ -37,16 +37,16 @@ def worst_question(
     alpha: float = 0.01,        # chance that the claim is wrong
     side: str = "upper",        # "upper", "lower" or "two-sided"; a lower end is paid for once for each question
     *,
-    method: str = "bonferroni", # all questions hold jointly; "intersection-union" claims the largest probability only
+    method: str = "intersection-union", # on the largest probability only; "bonferroni": with a bound on every question
     anytime: bool = False,      # hold at every look, for a run that may still grow
 ) -> Bound:                     # ValueError as `binary_bound`
-    "Bound on the largest leak probability (Clopper, Pearson 1934; Bonferroni 1936; Berger 1982; Robbins 1970)."
-    chosen("method", method, ["bonferroni", "intersection-union"])
+    "Bound on the largest leak probability (Clopper, Pearson 1934; Berger 1982; Bonferroni 1936; Robbins 1970)."
+    chosen("method", method, ["intersection-union", "bonferroni"])
     leaks, n = _counts(leaks, n, anytime)
     many = f"{len(leaks)} question{'s' * (len(leaks) > 1)}"
-    parts, scope = len(leaks), f"jointly for {many}"
-    if method == "intersection-union": parts, scope = 1, f"on the largest of {many} only, without saying which"
-    value = _largest(leaks, n, alpha, side, parts=parts, anytime=anytime)
+    joint = method == "bonferroni" or side == "lower"
+    scope = f"jointly for {many}" if joint else f"on the largest of {many} only, without saying which"
+    value = _largest(leaks, n, alpha, side, parts=len(leaks) if joint else 1, anytime=anytime)
     how, sampling = ("mixture betting", "anytime") if anytime else ("clopper-pearson", "fixed-n")
     return Bound(value, alpha, side, how, n=draws_each(n), quantity=_WORST, scope=scope, sampling=sampling)
 
@@ -57,9 +57,10 @@ def few_chance(leaks, n, p):    # chance of so few leaks or fewer; n beyond 2^31
 def many_chance(leaks, n, p):   # chance of so many leaks or more
     return np.where(leaks <= 0, 1.0, special.betainc(np.maximum(leaks, 1), n - leaks + 1, p))
 
-def holm(p, alpha):             # (Q,) bool: which p-values stay below their share of alpha (Holm 1979)
-    order = np.argsort(p, kind="stable")
-    passed = np.logical_and.accumulate(p[order] <= alpha / np.arange(len(p), 0, -1))
+# %% ../nbs/2_bounds/05_questions.ipynb #eaf64731
+def step_up(p, alpha):          # (Q,) bool: which independent p-values pass, all of them together (Hochberg 1988)
+    order = np.argsort(-p, kind="stable")               # the largest first: one that passes takes all smaller ones along
+    passed = np.logical_or.accumulate(p[order] <= alpha / np.arange(1, len(p) + 1))
     return passed[np.argsort(order, kind="stable")]
 
 # %% ../nbs/2_bounds/05_questions.ipynb #b76358ef
@@ -72,7 +73,7 @@ def certified(
     *,
     anytime: bool = False,      # hold at every look, for a run that may still grow
 ) -> np.ndarray:                # (Q,) bool; ValueError as `binary_bound`
-    "Which questions leak with probability below `tau`, or above it, all together (Holm 1979; anytime: Robbins 1970)."
+    "Which questions leak below `tau`, or above it, all together (Hochberg 1988; anytime: Robbins 1970)."
     check_alpha(alpha)
     chosen("side", side, ["upper", "lower"])
     if not 0 < tau < 1: raise ValueError(f"tau must lie strictly between 0 and 1, got {tau}")
@@ -80,7 +81,7 @@ def certified(
     toward = "below" if side == "upper" else "above"
     if anytime: p = np.exp(-np.maximum(rate_evidence(leaks, n, tau, toward), 0))
     else: p = few_chance(leaks, n, tau) if side == "upper" else many_chance(leaks, n, tau)
-    return holm(p, alpha)
+    return step_up(p, alpha)
 
 # %% ../nbs/2_bounds/05_questions.ipynb #b98494eb
 def pooled_rate(

@@ -180,7 +180,8 @@ def versus(
 ) -> Board:                 # with the differences as notes; ValueError when reports don't match
     "Models side by side, and claims about their differences (betting on paired draws: Waudby-Smith and Ramdas 2024)."
     chosen("family", family, ["each", "fwer", "fdr"])
-    board = Board(list(reports), reference=reference, name=" versus ".join(r.name for r in reports))
+    title = " versus ".join(r.name for r in reports)
+    board = Board(list(reports), reference=reference, name=title, how=dict(alpha=alpha, family=family))
     first, *others = board.reports
     for report in board.reports: _check_pairs(report, first)
     board.notes += _family(others, first, alpha, family)

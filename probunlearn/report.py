@@ -132,13 +132,13 @@ def _beyond(report):
 def _claims(report):
     "The guaranteed statements by name, before they are paid for."
     how = dict(leak_at=report.leak_at, missing="worst", anytime=report.anytime, binary=is_binary(report.score))
-    return dataset_claims(report.x, alpha=report.alpha, **how) | _at_least(report) | _average_at_least(report)
+    return dataset_claims(report.x, alpha=report.alpha, **how) | _at_least(report) | _average_at_least(report) | _of_all(report)
 
 def _at_least(report):
     "How bad it is at least: how many questions surely leak more than once in 100, and the worst of them."
     leaks, n, sampling = report.leaks.sum(1), report.x.shape[1], "anytime" if report.anytime else "fixed-n"
     count = int(certified(leaks, n, .01, report.alpha, side="lower", anytime=report.anytime).sum())
-    many = Bound(count, report.alpha, "lower", "holm", n=n, scope="all listed questions jointly", sampling=sampling,
+    many = Bound(count, report.alpha, "lower", "hochberg", n=n, scope="all listed questions jointly", sampling=sampling,
                  quantity=f"the number of questions (of {len(leaks)}) that leak with probability above 0.01")
     worst = worst_question(leaks, n, report.alpha, "lower", anytime=report.anytime)
     return {"leaking questions": many, "worst question, at least": worst}
@@ -148,16 +148,21 @@ def _average_at_least(report):
     if report.limit is None: return {}
     return {"average leak, at least": average_leak(report.leaks, report.alpha, "lower", anytime=report.anytime)}
 
+def _of_all(report):
+    "What holds for the population of the questions; nothing where they aren't a random sample of one."
+    return {"questions that leak too much": _share(report, .01, "upper")} if report.random_sample else {}
+
+def _whole(report, bound):
+    "A claim, paid for, with its whole scope."
+    left = paid(bound, report.looks, report.models)
+    of = f"leak: {report.what_leaks}"
+    if bound.quantity == "the average score": of = f"score: {score_name(report.score, report.forget.qas)}"
+    scope = ", ".join([left.scope, of, *one_of_several(report)])
+    return replace(left, scope=scope, decoding=report.decoding)
+
 def _bounds(report):
     "The guaranteed statements by name, paid for, with their whole scope."
-    found = {}
-    for name, bound in (_claims(report) | _beyond(report)).items():
-        left = paid(bound, report.looks, report.models)
-        of = f"leak: {report.what_leaks}"
-        if bound.quantity == "the average score": of = f"score: {score_name(report.score, report.forget.qas)}"
-        scope = ", ".join([left.scope, of, *one_of_several(report)])
-        found[name] = replace(left, scope=scope, decoding=report.decoding)
-    return found
+    return {name: _whole(report, bound) for name, bound in (_claims(report) | _beyond(report)).items()}
 
 def _says_something(bound):
     "Whether a claim is more than anybody could say: \"at least 0\", \"at most 1\"."
@@ -271,6 +276,7 @@ def _summary(report):
         words=np.median(words) if words else np.nan,
         empty=_mean([length == 0 for length in words]),
         distinct=_distinct(report.forget))
+    if report.random_sample: row |= dict(unsafe=report.bounds["questions that leak too much"])
     if report.control: row |= _floor(report)
     if report.retain: row |= _kept(report)
     return {name: float(value) for name, value in row.items()}
@@ -347,16 +353,19 @@ def _begin(report):
     for name in ("looks", "models"): whole(name, getattr(report, name))
     if report.limit is not None and not 0 < report.limit < 1:
         raise ValueError(f"limit must be an average leak probability between 0 and 1, got {report.limit}")
+    if report.random_sample: _check_fixed(report)
     _count(report)
 
-def _tolerated(report, tau, side):
-    "A bound on the share of a population's questions that leak too much, with its whole scope."
+def _check_fixed(report):
+    "ValueError for a run that grew after a look."
     if report.anytime: raise ValueError("a share of a population needs a number of draws that was fixed before them")
+
+def _share(report, tau, side):
+    "A bound on the share of a population's questions that leak too much, before it is paid for."
+    _check_fixed(report)
     chosen("side", side, ["upper", "lower"])
     leaks = (report.leaks | report.missing) if side == "upper" else report.leaks
-    bound = tolerance_bound(leaks.sum(1), report.x.shape[1], tau, report.alpha, side=side)
-    left = paid(bound, report.looks, report.models)
-    return replace(left, scope=f"{left.scope}, leak: {report.what_leaks}", decoding=report.decoding)
+    return tolerance_bound(leaks.sum(1), report.x.shape[1], tau, report.alpha, side=side)
 
 # %% ../nbs/4_reports/05_report.ipynb #71176540
 @dataclass(repr=False)
@@ -379,6 +388,7 @@ class Report:
     redact: bool = False            # answers and references are counted and shown nowhere
     about: str = ""                 # what the model is and what it had to forget, in a sentence
     limit: float = None             # average leak probability that is still accepted; None gives no verdict
+    random_sample: bool = False     # the questions are a random sample, so a claim on all such questions is made, too
 
     def __post_init__(self): _begin(self)
 
@@ -407,7 +417,7 @@ class Report:
         return _summary(self)
     def tolerance(self, tau=0.01, side="upper"):
         "Bound on the share of questions leaking with probability tau or more, if these are a sample (Wilks 1941)."
-        return _tolerated(self, tau, side)
+        return _whole(self, _share(self, tau, side))
     def plot(self, ax=None):
         "The scores of the question with the most leaks that greedy decoding calls clean."
         return _plot(self, ax)
@@ -428,6 +438,8 @@ class Report:
     def _repr_html_(self): return in_notebook(self.body())
 
 # %% ../nbs/4_reports/05_report.ipynb #275ef46a
+_BOARD = "probunlearn.board/1"
+
 SCHEMA = {  # what the JSON beside a report holds
     "schema": "probunlearn.report/1",
     "version": "of the package that wrote it",
@@ -436,6 +448,7 @@ SCHEMA = {  # what the JSON beside a report holds
     "lead": "the two main guarantees, and what they hold for",
     "limit": "average leak probability that is still accepted; null when nobody set one",
     "verdict": "pass, fail or undecided, against the limit; empty without one",
+    "random_sample": "whether somebody declared the questions a random sample of a population",
     "claims": "all sentences, each with its scope",
     "score": "how an answer is scored",
     "leak_at": "a draw leaks when its score is at least this",
@@ -497,6 +510,7 @@ def _as_report(report):
         "lead": lead(report),
         "limit": report.limit,
         "verdict": verdict(report),
+        "random_sample": report.random_sample,
         "claims": report.claims,
         "score": report.what_leaks.rpartition(" ≥ ")[0],
         "leak_at": report.leak_at,
@@ -518,11 +532,12 @@ def _as_report(report):
 # %% ../nbs/4_reports/05_report.ipynb #e09dfdd4
 def as_json(
     result,     # `Report` or `Board`
-) -> dict:      # plain values with the fields of `SCHEMA`; a board holds `name`, `notes` and `models`
+) -> dict:      # plain values with the fields of `SCHEMA`; a board holds what `Board` does, its reports as `models`
     "A result as plain data."
     if isinstance(result, Report): return _as_report(result)
     models = [_as_report(report) for report in result.reports]
-    return dict(schema="probunlearn.board/1", name=result.name, notes=result.notes, models=models)
+    own = dict(name=result.name, notes=result.notes, reference=list(result.reference), how=result.how)
+    return dict(schema=_BOARD, version=__version__, **own, models=models)
 
 # %% ../nbs/4_reports/05_report.ipynb #a110edc5
 _KINDS = ".html", ".json", ".md", ".png"
@@ -598,6 +613,7 @@ class Board:
     reference: tuple = ()           # names of rows that are only there for comparison
     name: str = "models compared"   # title
     notes: list = field(default_factory=list)   # claims about differences, in sentences
+    how: dict = field(default_factory=dict)     # how these were made: α and family, as `versus` was asked
 
     def __post_init__(self):
         if not self.reports: raise ValueError("a board needs at least one report")

@@ -65,7 +65,7 @@ class ReadRun:
 class Verify:
     "Make a report again from its draws, without the model, and say which sentence stands."
     folder: str
-    "run folder, with the draws that the report is about"
+    "run folder, with the draws that the report is about; for a board those of its rows, separated by commas"
     report: str = None
     "the report's JSON or page; default: report.json in the run folder"
     score: str = None
@@ -73,7 +73,7 @@ class Verify:
 
     def run(self):
         from probunlearn.verification import verify
-        found = verify(self.folder, self.report, score=self.score and _score(self.score))
+        found = verify(self.folder.split(","), self.report, score=self.score and _score(self.score))
         print(found)
         if not found.stands: raise SystemExit(1)
 
@@ -230,7 +230,8 @@ COMMANDS = {    # name → (module, class, what it does, an example that teaches
     "verify": (
         "shell", "Verify", "Make a report again from its draws, without the model, and say which sentence stands.",
         "probunlearn verify runs/full\n    exit code 1 when something doesn't stand\n"
-        "probunlearn verify runs/full --report signed.json\n    a report that was kept elsewhere"),
+        "probunlearn verify runs/full --report signed.json\n    a report that was kept elsewhere\n"
+        "probunlearn verify runs/before,runs/after --report versus.html\n    a board, on the draws of each row"),
     "versus": (
         "shell", "Versus", "Compare runs on the same questions: a board, and guaranteed differences to the first.",
         "probunlearn versus --runs runs/before,runs/after --out versus.html\n"

@@ -158,7 +158,9 @@ def tested(report):
 
 def unclaimed(report):
     "What a report doesn't claim, in sentences."
-    yield "Nothing is claimed about other questions, other wordings of these, another prompt or another decoding."
+    if report.random_sample: yield "Of other questions only a share is claimed, and only of those from which these were drawn at random."
+    others = "other wordings of these questions" if report.random_sample else "other questions, other wordings of these"
+    yield f"Nothing is claimed about {others}, another prompt or another decoding."
     yield f"A secret that is told in words which the score doesn't see isn't counted (a leak: {report.what_leaks})."
     yield "No leak among the draws doesn't mean never: a leak rarer than the bound can't be excluded."
     yield "Who trains the model further, or reads its weights, may find more than its answers say."
@@ -275,8 +277,7 @@ def _average(report, leaks):
 def _worst_of(report, leaks):
     "Upper bound on the largest leak probability."
     counts, n = leaks.sum(1), leaks.shape[1]
-    if report.anytime: return float(rate_ends(counts, n, report.alpha / len(leaks), "upper").max())
-    return float(worst_question(counts, n, report.alpha))
+    return float(worst_question(counts, n, report.alpha, anytime=report.anytime))
 
 def _guarantees(report):
     "16, 32, 64, … draws, and the two guarantees that so many bring."
@@ -488,13 +489,13 @@ def report_body(
 # %% ../nbs/4_reports/03_statement.ipynb #09589f22
 _COLUMNS = dict(
     greedy="greedy leaks", rate="draws leak", bound="average P(leak) ≤", worst="worst P(leak) ≤",
-    control="control leaks", beyond="beyond chance ≥",
+    unsafe="all such questions: leak ≥ 1 % in a share ≤", control="control leaks", beyond="beyond chance ≥",
     retain_draws="retain, draws", retain="retain, greedy", some_draw="questions with a leaking draw",
     certain="average ≤ for certain", score="mean score", ed="ED", words="words", empty="empty",
     distinct="distinct", retain_distinct="retain distinct")
 _LEGEND = (
     "Shares from 0 to 1. Greedy leaks: share of forget questions whose greedy answer leaks. Average P(leak) ≤: pooled "
-    "over these questions. Worst P(leak) ≤: holds for all questions jointly (Bonferroni). ≤ for certain: from exact "
+    "over these questions. Worst P(leak) ≤: none of these questions leaks more often. ≤ for certain: from exact "
     "answer probabilities, up to floating point. ED: mean + 2 standard deviations of the score. Words and empty: "
     "median length and share of empty greedy answers on forget questions. Distinct: distinct answers per draw. A model "
     "picked from this table for its bound has to be drawn again with a fresh seed before anything is claimed about it.")
@@ -549,7 +550,7 @@ def _control_legend(board):
     names = dict.fromkeys(r.control_name for r in board.reports if r.control)
     if not names: return ""
     return (f"Control leaks: share of the draws of {', '.join(names)} that leak, by chance (the dashed line). Beyond "
-            "chance ≥: share of questions that leak more than the control, for sure, all of them together (Holm). ")
+            "chance ≥: share of questions that leak more than the control, for sure, all of them together (Hochberg). ")
 
 def with_controls(
     reports,        # of a board
@@ -595,8 +596,8 @@ def board_card(
     digest: str = "",   # SHA-256 of the JSON
 ) -> str:               # Markdown
     "The leakage card of several models."
-    frame = _board_table(board, ("greedy", "some_draw", "rate", "bound", "worst", "control", "beyond", "retain_draws",
-                                 "retain"))
+    frame = _board_table(board, ("greedy", "some_draw", "rate", "bound", "worst", "unsafe", "control", "beyond",
+                                 "retain_draws", "retain"))
     rows = [[str(i), *map(in_digits, row, frame.columns)] for i, row in zip(frame.index, frame.to_numpy())]
     models = [dict(name=r.name, claims=r.claims) for r in board.reports]
     return filled(

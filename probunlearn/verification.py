@@ -19,8 +19,8 @@ from . import __version__
 from .bounds import Bound, rounded
 from .files import parsed
 from .page import html_page, picture
-from .reading import both_asked, control_asked, control_of
-from .report import SCHEMA, Report, as_json
+from .reading import both_asked, control_asked, control_of, versus
+from .report import SCHEMA, Board, Report, _BOARD, as_json
 from .runs import other_reports, price, read_run
 from .scores import SCORES, score_name
 
@@ -60,15 +60,18 @@ class Verification:
     __repr__ = __str__
 
 # %% ../nbs/4_reports/08_verification.ipynb #26ed486e
+_NEEDED = {     # what has to be there, by schema
+    SCHEMA["schema"]: {"name", "claims", "score", "leak_at", "bounds", "questions", "how"},
+    _BOARD: {"name", "notes", "models", "reference", "how"}}
+
 def _said(path):
     "What a report's JSON says; ValueError when it isn't one that this version reads."
     data = parsed(Path(path).read_bytes(), path)
     schema = data.get("schema") if isinstance(data, dict) else None
-    lacking = sorted({"name", "claims", "score", "leak_at", "bounds", "questions", "how"} - set(data if schema else ()))
-    if schema == SCHEMA["schema"] and not lacking: return data
-    what = f"its schema is {schema!r}" if schema != SCHEMA["schema"] else f"it lacks {', '.join(lacking)}"
-    raise ValueError(f"{path} can't be checked by probunlearn {__version__}, which reads {SCHEMA['schema']}: {what}. "
-                     "A board's reports are checked one by one, in the folders of their runs")
+    lacking = sorted(_NEEDED.get(schema, set()) - set(data))
+    if schema in _NEEDED and not lacking: return data
+    what = f"it lacks {', '.join(lacking)}" if lacking else f"its schema is {schema!r}"
+    raise ValueError(f"{path} can't be checked by probunlearn {__version__}, which reads {' and '.join(_NEEDED)}: {what}")
 
 def _by_name(label):
     "A score by the name that reports give it; None for another."
@@ -102,7 +105,8 @@ def _again(run, data, score, recorded):
         data["name"], forget, retain, **named, score=score, leak_at=data["leak_at"],
         alpha=data["alpha"] / parts / models,
         looks=parts, models=models, anytime=data["anytime"], known=data.get("known", []), how=how,
-        redact=data.get("redacted", False), about=data.get("about", ""), limit=data.get("limit"))
+        redact=data.get("redacted", False), about=data.get("about", ""), limit=data.get("limit"),
+        random_sample=data.get("random_sample", False))
 
 # %% ../nbs/4_reports/08_verification.ipynb #57313212
 def _bound_of(sentence, data):
@@ -153,9 +157,9 @@ def _unlike(said, now, where):
     "(where, value there, value made anew) of everything that differs."
     if isinstance(said, dict) and isinstance(now, dict):
         for name in dict.fromkeys([*said, *now]):
-            yield from _unlike(said.get(name), now.get(name), f"{where}, {name}" if where else name)
+            yield from _unlike(said.get(name), now.get(name), f"{where}, {name}".removeprefix(", "))
     elif isinstance(said, list) and isinstance(now, list) and len(said) == len(now):
-        for i, pair in enumerate(zip(said, now)): yield from _unlike(*pair, f"{where}, {i + 1}")
+        for i, pair in enumerate(zip(said, now)): yield from _unlike(*pair, f"{where}, {i + 1}".removeprefix(", "))
     elif not _same(said, now): yield where, said, now
 
 _FACTS = "id", "question", "reference", "greedy", "greedy_score", "n", "leaks", "rate", "mean", "distinct", "answers"
@@ -246,41 +250,86 @@ def _text_file(path, now, data, digest):
     wrong = [line for line in there if line not in set(made)] or ["lines are left out, twice there or in another order"]
     return Check("file", path.name, False, f"not by the draws: {wrong[0].strip()[:200]}")
 
-def _files(path, data, report):
+def _lacks_retain(data, report): return data["how"].get("retain_questions") and not report.retain
+
+def _files(path, data, result, unsure=False):
     "Checks of what stands beside the JSON."
-    if data["how"].get("retain_questions") and not report.retain:
+    if unsure:
         why = "it shows retain scores, which the JSON doesn't record"
         yield Check("file", path.with_suffix(".html").name, None, why)
         return
     digest = sha256(path.read_bytes()).hexdigest()
-    page = html_page(f"probunlearn: {report.name}", report.body(digest))
+    page = html_page(f"probunlearn: {result.name}", result.body(digest))
     yield _text_file(path.with_suffix(".html"), page, data, digest)
-    yield _text_file(path.with_suffix(".md"), report.card(digest), data, digest)
+    yield _text_file(path.with_suffix(".md"), result.card(digest), data, digest)
     image = path.with_suffix(".png")
     if not image.exists(): yield Check("file", image.name, None, "it isn't there")
-    elif image.read_bytes() == picture(report.plot)[0]: yield Check("file", image.name, True)
+    elif image.read_bytes() == picture(result.plot)[0]: yield Check("file", image.name, True)
     else: yield Check("file", image.name, None, "matplotlib draws it otherwise here: look at it beside a new one")
 
-# %% ../nbs/4_reports/08_verification.ipynb #05014834
-def verify(
-    folder,             # a run's folder
-    report=None,        # the report's JSON or page; default: report.json in the folder
-    *,
-    score=None,         # the score, where it is one of your own; default: by its name, else as the JSON recorded it
-) -> Verification:      # FileNotFoundError where there is no run or report, ValueError for another format
-    "Make every claim, table and hash of a report again from the run's draws; nothing is written, no model is needed."
-    path = Path(report or Path(folder)/"report.json").with_suffix(".json")
-    data, run = _said(path), read_run(folder)
+# %% ../nbs/4_reports/08_verification.ipynb #caf32877
+def _of_report(run, data, score, path=None):
+    "What a report says, checked on its run, with the files beside `path`; and the report made again, None if it can't."
     rule, checks = score or _by_name(data["score"]), [_provenance(run, data), *_ledger(run, data)]
     if not rule:
         why = "taken as they are recorded, since the score isn't known by its name: pass score= to compute them"
         checks.append(Check("table", f"scores by {data['score']}", None, why))
     try:
         again = _again(run, data, rule or _as_recorded(data), recorded=not rule)
-        checks += [*_tables(data, again), *_files(path, data, again)]
-        sentences = [_sentence(claim, data, again) for claim in data["claims"]] + _left_out(data, again)
+        checks += _tables(data, again)
+        if path: checks += _files(path, data, again, _lacks_retain(data, again))
+        return [*(_sentence(claim, data, again) for claim in data["claims"]), *_left_out(data, again), *checks], again
     except (ValueError, OSError) as error:
         checks.append(Check("draws", "the report made again", False, str(error)))
         why = "it can't be made again from these draws"
-        sentences = [Check("sentence", claim, False, why) for claim in data["claims"]]
-    return Verification(f"{path.resolve().parent.name}/{path.name}", (*sentences, *checks))
+        return [*(Check("sentence", claim, False, why) for claim in data["claims"]), *checks], None
+
+# %% ../nbs/4_reports/08_verification.ipynb #4661652c
+def _compared(data, reports):
+    "A board made again from its reports."
+    how, named = data["how"], dict(reference=tuple(data["reference"]))
+    if "family" in how: return replace(versus(reports, **how, **named), name=data["name"])
+    return Board(reports, **named, name=data["name"], notes=data["notes"])
+
+def _notes(data, board):
+    "Checks of what a board compares."
+    if "family" not in data["how"]:
+        why = "it wasn't made by versus, or by a version that doesn't say how"
+        return [Check("sentence", note, None, why) for note in data["notes"]]
+    there = [Check("sentence", note, note in board.notes, "the draws say otherwise" * (note not in board.notes))
+             for note in data["notes"]]
+    left_out = [note for note in board.notes if note not in data["notes"]]
+    return there + [Check("sentence", note, False, "the board leaves this out") for note in left_out]
+
+def _of_board(folders, data, score, path):
+    "What a board says, row by row and then compared."
+    models = data["models"]
+    if len(folders) != len(models):
+        rows = ", ".join(each["name"] for each in models)
+        raise ValueError(f"the board needs the run folder of each of its rows in their order ({rows}), got {len(folders)}")
+    checks, reports = [], []
+    for folder, said in zip(folders, models):
+        found, again = _of_report(read_run(folder), said, score)
+        checks += [replace(check, said=f"{said['name']}: {check.said}") for check in found]
+        reports.append(again)
+    try:
+        if None in reports: raise ValueError("not all of its reports can be made again")
+        board, unsure = _compared(data, reports), any(map(_lacks_retain, models, reports))
+        return [*_notes(data, board), *checks, *_files(path, data, board, unsure)]
+    except (ValueError, OSError) as error:
+        return [*checks, Check("draws", "the board made again", False, str(error))]
+
+# %% ../nbs/4_reports/08_verification.ipynb #05014834
+def verify(
+    folder,             # a run's folder; for a board those of its rows, in their order
+    report=None,        # the JSON or page of a report or board; default: report.json in the folder
+    *,
+    score=None,         # the score, where it is one of your own; default: by its name, else as the JSON recorded it
+) -> Verification:      # FileNotFoundError where there is no run or report, ValueError for another format
+    "Make every claim, table and hash of a report again from the run's draws; nothing is written, no model is needed."
+    folders = [folder] if isinstance(folder, (str, Path)) else list(folder)
+    path = Path(report or Path(folders[0])/"report.json").with_suffix(".json")
+    data = _said(path)
+    if data["schema"] == _BOARD: checks = _of_board(folders, data, score, path)
+    else: checks, _ = _of_report(read_run(*folders), data, score, path)
+    return Verification(f"{path.resolve().parent.name}/{path.name}", tuple(checks))

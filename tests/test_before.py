@@ -53,9 +53,12 @@ def test_a_run_of_then_reports_the_same(run, tmp_path):
     report_run(run, n=256, name="before", n_retain=64, source=then["how"]["source"]).save(tmp_path/"report.html")
     now = json.loads((tmp_path/"report.json").read_text())
     for name in ("score", "leak_at", "alpha", "looks", "models", "anytime"): assert now[name] == then[name]
-    for name in ("average leak", "worst question", "certified questions"):      # exact then as now
-        assert {k: now["bounds"][name][k] for k in ("value", "alpha", "n", "sampling", "method")} == {
-            k: then["bounds"][name][k] for k in ("value", "alpha", "n", "sampling", "method")}
+    for name in ("average leak", "worst question", "certified questions"):
+        was, new = then["bounds"][name], now["bounds"][name]
+        assert {k: new[k] for k in ("alpha", "n", "sampling")} == {k: was[k] for k in ("alpha", "n", "sampling")}
+        if name == "average leak": assert (new["value"], new["method"]) == (was["value"], was["method"])   # exact
+        elif name == "worst question": assert new["value"] < was["value"]       # pays for one question, not for all
+        else: assert new["value"] >= was["value"]
     assert now["summary"].keys() >= then["summary"].keys()
     same = [name for name in then["summary"] if name != "worst"]
     assert [now["summary"][name] for name in same] == [then["summary"][name] for name in same]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from test_bounds import refused
 from probunlearn.bounds import StoppedScores, binary_bound, ed_bound, leaked, mean_bound, std_bound
@@ -138,18 +139,19 @@ def test_stratified_betting_covers_and_beats_averaging(runs):
     assert ((low > truth.mean()) | (high < truth.mean())).mean() <= allowed(alpha, runs // 4)
     assert high.mean() < np.mean([mean_bound(rows, alpha).value.mean() for rows in x[:runs // 4]])
 
-def test_holm_lists_no_wrong_question():
+def test_no_wrong_question_is_listed():
     runs, alpha, tau = 1000, .05, .1
     p = np.array([0, 0, .02, .05, .1, .1, .1, .3])
     leaks = np.random.default_rng(7).binomial(200, p, (runs, 8))
     lists = np.array([certified(row, 200, tau, alpha) for row in leaks])
     assert lists[:, p >= tau].any(1).mean() <= allowed(alpha, runs)
     assert lists[:, :2].mean() > .95
-    bonferroni = stats.binom.cdf(leaks, 200, tau) <= alpha / 8
-    assert (lists | ~bonferroni).all()  # Holm lists all that Bonferroni does
-    from statsmodels.stats.multitest import multipletests
-    for row, found in zip(leaks[:5], lists):
-        assert (multipletests(stats.binom.cdf(row, 200, tau), alpha, "holm")[0] == found).all()
+    for row, found in zip(leaks[:200], lists):
+        chances = stats.binom.cdf(row, 200, tau)
+        assert (multipletests(chances, alpha, "simes-hochberg")[0] == found).all()
+        assert (found | ~multipletests(chances, alpha, "holm")[0]).all()        # all that Holm lists, and more
+    by_hand = 0, 0, 0, 1                                                        # three clean ones need only α / 2 each
+    assert certified(by_hand, 30, .2, .0025).tolist() == [True] * 3 + [False]
 
 def test_worst_question_covers():
     p, runs, alpha = np.array([0, .01, .2, .2, .2]), 2000, .05
@@ -181,7 +183,7 @@ def test_dataset_claims():
     claims = dataset_claims(x)
     assert list(claims) == ["worst question", "certified questions", "average leak", "average score"]
     assert claims["certified questions"].value == certified(x.sum(1), 1024).sum() == 39
-    assert float(claims["worst question"]) == float(binary_bound(300, 1024, .01 / 40))
+    assert float(claims["worst question"]) == float(binary_bound(300, 1024, .01))
     assert 300 / 40960 < float(claims["average leak"]) < .0085
     shared = dataset_claims(x, together=True, random_sample=True)
     assert all(claim.alpha == .002 for claim in shared.values()) and "random sample" in str(shared["population"])
@@ -201,7 +203,7 @@ def test_dataset_claims():
 
 # At every look
 
-def test_anytime_claims_are_the_sequences_and_one_holm():
+def test_anytime_claims_are_the_sequences_and_one_list():
     rng = np.random.default_rng(20)
     for Q, n in (1, 1), (1, 40), (6, 200), (40, 64):
         x = np.where(rng.random((Q, n)) < .9, 0, rng.random((Q, n)).round(1))
@@ -209,10 +211,9 @@ def test_anytime_claims_are_the_sequences_and_one_holm():
         claims = dataset_claims(x, .05, .5, tau=.1, missing="worst", anytime=True)
         leaks, most = leaked(x, .5), np.nan_to_num(x, nan=1)
         counts = leaks.sum(1)
-        assert claims["worst question"].value == rate_ends(counts, n, .05 / Q, "upper").max()
+        assert claims["worst question"].value == rate_ends(counts, n, .05, "upper").max()
         p = np.exp(-np.maximum(rate_evidence(counts, n, .1, "below"), 0))
-        passed = np.sort(p) <= .05 / np.arange(Q, 0, -1)
-        assert claims["certified questions"].value == (Q if passed.all() else passed.argmin())
+        assert claims["certified questions"].value == multipletests(p, .05, "simes-hochberg")[0].sum()
         assert claims["average score"].value == float(pooled_mean(most, .05, anytime=True))
         assert claims["average leak"].value == float(pooled_mean(leaks * 1., .05, anytime=True))
         assert {claim.sampling for claim in claims.values()} == {"anytime"}
@@ -253,9 +254,12 @@ def test_chance_to_certify_is_the_share_of_runs_that_do():
 
 def test_run_plan_agrees_with_the_bounds_it_announces():
     text = str(RunPlan(1024, 400))
-    for part in "0.004488", "0.0103", "1.125e-05", "up to 3 leaks", "needs 1,055 draws", "α = 0.01", "fixed-n":
+    for part in "0.004488", "1.125e-05", "up to 3 leaks of each", "needs 1,055 draws", "α = 0.01", "fixed-n":
         assert part in text
     assert "impossible" not in str(RunPlan(1055, 400))
+    def all_below(n): return next(line for line in str(RunPlan(n, 40)).splitlines() if "each below" in line)
+    assert "needs 459 draws" in all_below(458) and "up to 0 leaks" in all_below(459)        # 826 at α / 40 each
+    assert [certified(np.zeros(40), n).sum() for n in (458, 459)] == [0, 40]
 
 def test_forecast_is_tested_before_it_is_believed():
     rng = np.random.default_rng(12)
@@ -415,7 +419,7 @@ SETS = {"all equal": lambda p: [p] * 6, "one bad": lambda p: [p] + [0] * 5, "hal
 @pytest.mark.parametrize("n, alpha", [(5, .2), (32, .05), (64, .01)])
 def test_the_largest_leak_probability_needs_no_bonferroni(name, n, alpha):
     rates = np.r_[np.linspace(.002, .998, 150), [float(binary_bound(s, n, alpha)) + 1e-12 for s in range(n)]]
-    upper = np.array([float(worst_question([s], n, alpha, method="intersection-union")) for s in range(n + 1)])
+    upper = np.array([float(worst_question([s], n, alpha)) for s in range(n + 1)])
     chances = [too_low(SETS[name](p), upper, n) for p in rates]
     assert max(chances) <= alpha * (1 + 1e-9)
     if name == "one bad": assert max(chances) > .99 * alpha                    # the level can't be raised
@@ -426,8 +430,11 @@ def test_the_two_claims_on_the_worst_question():
     both = [worst_question(counts, 64, .05, method=m) for m in ("bonferroni", "intersection-union")]
     assert [float(b) for b in both] == [float(binary_bound(3, 64, a)) for a in (.05 / 4, .05)]
     assert both[0].scope == "jointly for 4 questions" and "without saying which" in both[1].scope
-    assert str(worst_question(counts, 64, .05)) == str(both[0])                # the default stays
-    late = worst_question(counts, 64, .05, method="intersection-union", anytime=True)
+    assert str(worst_question(counts, 64, .05)) == str(both[1])                # what the sentence says, and no more
+    assert float(worst_question(np.zeros(400), 1024)) == pytest.approx(1 - .01**(1 / 1024), rel=1e-12)     # .0045
+    low = [worst_question(counts, 64, .05, "lower", method=m) for m in ("bonferroni", "intersection-union")]
+    assert str(low[0]) == str(low[1]) and low[0].scope == "jointly for 4 questions"     # a lower end names its question
+    late = worst_question(counts, 64, .05, anytime=True)
     assert float(late) == rate_ends(3, 64, .05, "upper") and late.sampling == "anytime"
     with pytest.raises(ValueError, match="got 'each'"): worst_question(counts, 64, method="each")
 

@@ -69,7 +69,7 @@ def test_each_claim_carries_its_whole_scope(alpha, leak_at):
         of = "score: key words (fraction), " if name == "average score" else f"leak: key words (fraction) ≥ {leak_at:g}"
         parts = f"α = {alpha:g}", f"n = {N}", "fixed-n", bound.scope, bound.method, of, str(DECODING), "model NPO"
         assert [part for part in parts if part not in str(bound)] == [], name
-    assert "jointly for 3 questions" in str(r.bounds["worst question"])
+    assert "on the largest of 3 questions only, without saying which" in str(r.bounds["worst question"])
     assert "fixed set of 3" in str(r.bounds["average leak"])
 
 
@@ -78,7 +78,7 @@ def test_bounds_are_those_of_the_counts(leak_at, leaks):
     r, alpha = a_report(leak_at=leak_at, alpha=.05), .05
     x = np.array([[1.] * 3 + [.5] * 5 + [0] * 32, [1.] + [0] * 39, [0.] * 40])
     assert (r.x == x).all() and r.leaks.sum(1).tolist() == leaks
-    assert float(r.bounds["worst question"]) == pytest.approx(binary_bound(max(leaks), N, alpha / 3).value)
+    assert float(r.bounds["worst question"]) == pytest.approx(binary_bound(max(leaks), N, alpha).value)
     assert float(r.bounds["average leak"]) == pytest.approx(binary_bound(sum(leaks), 3 * N, alpha).value)
     assert float(r.bounds["certified questions"]) == certified(leaks, N, .01, alpha).sum()
     assert float(r.bounds["average score"]) == pooled_mean(x, alpha).value
@@ -283,7 +283,7 @@ def test_missing_draws_are_leaks_in_every_upper_bound():
     worst = [5, 2, 0]
     np.testing.assert_allclose(frame.rate_upper, binary_bound(worst, N).value)
     np.testing.assert_allclose(frame.mean_upper, mean_bound(np.nan_to_num(r.x, nan=1)).value)
-    assert float(r.bounds["worst question"]) == pytest.approx(binary_bound(5, N, .01 / 3).value)
+    assert float(r.bounds["worst question"]) == pytest.approx(binary_bound(5, N, .01).value)
     assert float(r.bounds["average leak"]) == pytest.approx(binary_bound(7, 3 * N).value)
     assert float(r.bounds["average score"]) == pooled_mean(np.nan_to_num(r.x, nan=1)).value
 

@@ -10,8 +10,8 @@ from probunlearn.data import QA
 from probunlearn.draws import Decoding, draws_from_texts
 from probunlearn.judged import Calibration
 from probunlearn.memory import auc_bound, priv_leak
-from probunlearn.questions import pooled_mean
-from probunlearn.report import Asked, Board, Report
+from probunlearn.questions import pooled_mean, tolerance_bound
+from probunlearn.report import Asked, Board, Report, as_json
 from probunlearn.sequential import MeanSequence
 from probunlearn.statement import board_lead, lead
 
@@ -109,6 +109,23 @@ def test_a_report_says_how_much_of_a_population_leaks_too_much():
     assert most.alpha == .01 and Report("m", Asked(qas, draws, greedy), looks=2).tolerance(.1).alpha == .02
     with pytest.raises(ValueError, match="fixed before"):
         Report("m", Asked(qas, draws, greedy), anytime=True).tolerance()
+
+
+def test_a_sample_of_questions_has_its_claim_in_reports_and_boards():
+    qas = [QA(f"q{i}", f"Room {i}?", "Zorplax.", ("Zorplax",)) for i in range(30)]
+    given = asked([60 * (i < 3) for i in range(30)], n=500, qas=qas)
+    report = Report("m", given, random_sample=True)
+    claim = report.bounds["questions that leak too much"]
+    assert float(claim) == float(tolerance_bound([60] * 3 + [0] * 27, 500)) == float(report.tolerance()) < .4
+    assert str(claim) in report.claims and as_json(report)["random_sample"]
+    assert "Of other questions only a share is claimed" in report.body() and str(claim).split(" (")[0] in report.card()
+    plain = Report("plain", given)
+    assert plain.bounds.keys() == report.bounds.keys() - {"questions that leak too much"}
+    assert "Nothing is claimed about other questions" in plain.body() and "unsafe" not in plain.summary()
+    board = Board([report, plain])
+    assert board.to_frame().unsafe["m"] == float(claim) and np.isnan(board.to_frame().unsafe["plain"])
+    assert "all such questions: leak ≥ 1 % in a share ≤" in board.card()
+    with pytest.raises(ValueError, match="fixed before"): Report("m", given, random_sample=True, anytime=True)
 
 
 def test_a_claim_says_where_its_order_is_checked_and_not_proved():

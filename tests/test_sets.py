@@ -3,9 +3,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from probunlearn.bounds import binary_bound
-from probunlearn.questions import certified, difference_bound, pooled_rate, tolerance_bound, worst_question
+from probunlearn.questions import (certified, difference_bound, few_chance, many_chance, pooled_rate, step_up,
+                                   tolerance_bound, worst_question)
 
 RUNS = 400
 
@@ -37,6 +39,28 @@ def test_questions_that_leak_just_so_much_are_seldom_called_more(rates):
     dice = np.random.default_rng(1)
     wrong = [certified(dice.binomial(60, rates), 60, .1, .1, "lower").any() for _ in range(RUNS)]
     assert np.mean(wrong) <= allowed(.1)
+
+
+@pytest.mark.parametrize("side", ["upper", "lower"])
+@pytest.mark.parametrize("p", [(.3, .3, .3), (.3, .3, 0), (.3, .3, 1), (.3, 0, 1)], ids=str)
+def test_the_chance_of_a_wrong_list_is_at_most_alpha(p, side):
+    p = np.array(p)
+    for n, alpha in (6, .3), (11, .2), (14, .1):                    # without simulation: all counts of three questions
+        counts = np.indices([n + 1] * 3).reshape(3, -1).T
+        mass = stats.binom.pmf(counts, n, p).prod(1)
+        chances = few_chance(counts, n, .3) if side == "upper" else many_chance(counts, n, .3)
+        wrong = p >= .3 if side == "upper" else p <= .3
+        listed = np.array([step_up(row, alpha) for row in chances])
+        assert mass @ listed[:, wrong].any(1) <= alpha * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("rates", SETS.values(), ids=SETS)
+def test_a_list_that_is_watched_is_seldom_ever_wrong(rates):
+    dice, n = np.random.default_rng(4), np.arange(20, 201, 20)
+    def ever_wrong():
+        counts = dice.binomial(20, rates, (len(n), 20)).cumsum(0)
+        return any(certified(row, m, .1, .1, anytime=True)[rates >= .1].any() for row, m in zip(counts, n))
+    assert np.mean([ever_wrong() for _ in range(RUNS // 4)]) <= allowed(.1, RUNS // 4)
 
 
 def test_more_leaks_certify_more():

@@ -14,7 +14,8 @@ import pytest
 from probunlearn.bounds import rounded
 from probunlearn.data import QA
 from probunlearn.draws import draws_digest, draws_from_texts, first_draws
-from probunlearn.reading import report_run
+from probunlearn.reading import report_run, versus
+from probunlearn.report import Board
 from probunlearn.runs import open_run, read_run
 from probunlearn.verification import verify
 
@@ -285,6 +286,93 @@ def test_a_file_of_another_run_is_no_draw_of_this_one(run, tmp_path):
     other.keep(QAS[0], draws_from_texts("q0", ["no idea"] * 64))
     shutil.copy(other.path("draws", QAS[0]), run/"draws-q0.parquet")
     assert "holds draws of another run" in wrong(run)
+
+
+# --- a board ---
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    "Three runs, and a board of them beside."
+    folder = tmp_path_factory.mktemp("board")
+    for i, leaks in enumerate([(40, 20, 3), (5, 1, 0), (0, 0, 0)]):
+        run = open_run(folder/f"run{i}", SETTINGS | dict(model=f"model {i}"), QAS)
+        for qa, k in zip(QAS, leaks):
+            run.keep(qa, draws_from_texts(qa.id, ["no idea"] * (64 - k) + [qa.answer] * k))
+            run.keep(qa, draws_from_texts(qa.id, ["no idea"]), "greedy")
+    versus([report_run(folder/f"run{i}", name="NPO") for i in range(3)], reference=("NPO (3)",)).save(folder/"board.html")
+    return folder
+
+
+@pytest.fixture
+def board(compared, tmp_path): return Path(shutil.copytree(compared, tmp_path/"board"))
+
+
+def of_board(folder, order=(0, 1, 2)): return verify([folder/f"run{i}" for i in order], folder/"board.json")
+
+
+def not_standing(found): return "\n".join(str(check) for check in found.checks if check.stands is False)
+
+
+def test_an_honest_board_stands_row_by_row_and_compared(compared):
+    found = of_board(compared)
+    assert found.stands and {check.stands for check in found.checks} == {True}
+    said = [check.said for check in found.checks if check.part == "sentence"]
+    assert said[:3] == json.loads((compared/"board.json").read_text())["notes"]
+    assert sum(line.startswith("NPO (2): ") for line in said) == sum(line.startswith("NPO (1): ") for line in said) > 5
+    assert [check.said for check in found.checks if check.part == "file"] == ["board.html", "board.md", "board.png"]
+
+
+def test_each_number_that_is_changed_on_a_board_is_found(board):
+    data = json.loads((board/"board.json").read_text())
+    last = data["notes"].pop()
+    data["notes"][0] = data["notes"][0].replace("α = 0.01", "α = 0.001")
+    data["models"][0]["summary"]["worst"] /= 2
+    data["models"][1]["bounds"]["average leak"]["value"] /= 10
+    data["models"][1]["questions"][0]["leaks"] = 4
+    data["models"][2]["draws"] = "0" * 64
+    (board/"board.json").write_text(json.dumps(data))
+    found = of_board(board)
+    text = not_standing(found)
+    for says in (
+        f"{data['notes'][0]}\n    the draws say otherwise", f"{last}\n    the board leaves this out",
+        "NPO (1): summary\n    worst: ", "NPO (2): bounds\n    average leak, value: ",
+        "NPO (2): questions\n    1, leaks: 4 there, 5 by the draws", "NPO (3): draws",
+        "board.html\n    it doesn't name the SHA-256", "board.md\n    it doesn't name the SHA-256",
+    ):
+        assert f"DOESN'T STAND: {says}" in text, says
+    assert sum(check.stands is False for check in found.checks) == 9 and not found.stands
+
+
+def test_a_page_a_comparison_and_draws_that_were_changed_are_found(board):
+    def change(data): data["how"]["alpha"] = .05
+    data = json.loads((board/"board.json").read_text())
+    change(data)
+    digest = sha256((board/"board.json").read_bytes()).hexdigest()
+    (board/"board.json").write_text(json.dumps(data))
+    for name in ("board.html", "board.md"):
+        page = (board/name).read_text().replace(digest, sha256((board/"board.json").read_bytes()).hexdigest())
+        (board/name).write_text(page.replace("NPO (2)", "NPO 2"))
+    read_run(board/"run2").keep(QAS[0], draws_from_texts("q0", ["no idea"] * 63 + [QAS[0].answer]))
+    text = not_standing(of_board(board))
+    assert text.count("the draws say otherwise") == 3 and text.count("the board leaves this out") == 3
+    assert "NPO (3): questions\n    1, leaks: 0 there, 1 by the draws" in text
+    assert "board.html\n    not by the draws" in text and "board.md\n    not by the draws" in text
+
+
+def test_a_board_needs_the_runs_of_its_rows(board):
+    with pytest.raises(ValueError, match=r"each of its rows in their order \(NPO \(1\), NPO \(2\), NPO \(3\)\), got 1"):
+        verify(board/"run0", board/"board.html")
+    text = not_standing(of_board(board, (1, 0, 2)))
+    assert "NPO (1): settings of the run\n    not those of run.json: model" in text
+    assert "DOESN'T STAND: NPO (2): " in text and "DOESN'T STAND: NPO (3): " not in text
+
+
+def test_sentences_that_versus_did_not_make_are_not_checked(board):
+    reports = [report_run(board/f"run{i}", name=f"m{i}") for i in range(2)]
+    Board(reports, notes=["The first is worse."]).save(board/"board.html")
+    found = of_board(board, (0, 1))
+    note = found.checks[0]
+    assert (note.said, note.stands) == ("The first is worse.", None) and not found.stands and not not_standing(found)
 
 
 # --- what isn't there, and other versions ---
