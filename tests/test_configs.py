@@ -140,9 +140,9 @@ def test_the_evaluation_config_runs_on_a_small_model(vaults, capsys):
     assert claims_in(capsys.readouterr().out) == claims
 
 
-def test_the_lesson_asks_vicuna_as_the_config_does():
-    config, lesson = read("vicuna-jailbreakbench"), Path(__file__).parents[1]/"nbs"/"tutorials"/"08_alignment.ipynb"
-    cells = nbformat.read(lesson, as_version=4).cells
+def test_the_recipe_asks_vicuna_as_the_config_does():
+    config, recipe = read("vicuna-jailbreakbench"), Path(__file__).parents[1]/"nbs"/"recipes"/"llama2_tofu_demo.ipynb"
+    cells = nbformat.read(recipe, as_version=4).cells
     cell = next(cell.source for cell in cells if config["model"] in cell.source)
     told = "".join(re.findall(r'"([^"]*)"', cell))          # a long text stands in several pieces
     for name in ("prompt", "data", "split", "out"): assert config[name] in told

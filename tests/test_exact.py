@@ -357,7 +357,7 @@ def test_every_proposal_finds_the_same_leak(proposal):
     low, high = found.bound.value
     assert low <= truth <= high and found.effective > 10
     assert proposal == "beginning" or found.estimate == pytest.approx(truth, rel=.4)
-    assert "importance sampling" in str(found)
+    assert "importance sampling" in str(found) and "betting in an even order: checked, not proved" in str(found.bound)
 
 
 def test_the_weight_never_exceeds_its_cap():
