@@ -406,8 +406,7 @@ class Report:
     def claims(self):
         "What was seen, then what is guaranteed, in sentences."
         return _sentences(self)
-    @cached_property
-    def _table(self): return _frame(self)
+    _table = cached_property(_frame)
 
     def to_frame(self):
         "One row per forget question; each bound is wrong with probability at most alpha · looks · models for it alone."

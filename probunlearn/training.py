@@ -123,8 +123,7 @@ class UnlearnConfig(TrainConfig):
     lr: float = 1e-5
     "peak learning rate of AdamW"
     method: str = "npo"
-    ("grad_ascent, grad_diff, wga, satimp, npo, simnpo, idk, dpo, undial, ce_u, rmu, pmc; or "
-     "retain_only (no forget loss: retain and entropy alone, for a model that refuses already)")
+    "grad_ascent, grad_diff, wga, satimp, npo, simnpo, idk, dpo, undial, ce_u, rmu, pmc; retain_only: no forget loss"
     beta: float = None
     "NPO, SimNPO, DPO, WGA, SatImp: how soon the push fades; UNDIAL: how far the logit falls; default: the method's own"
     beta2: float = None
@@ -148,8 +147,7 @@ class UnlearnConfig(TrainConfig):
     lambda_r: float = 0.0
     "weight of the entropy on retain records: < 0 keeps them diverse"
     entropy_on: str = "own"
-    ("where the forget entropy is taken: own (the model's own greedy answer where it doesn't leak), draws (an answer "
-     "drawn from it), answer (the secret answer, as in the paper), all (every position, as in the reference)")
+    "where it is taken: own (greedy answer, where it doesn't leak), draws, answer (the secret, as in the paper), all"
     leak_at: float = 0.5
     "own, draws: an answer leaks by a key word; where a record has none, from this ROUGE-L recall on"
     ramp: float = 0.0
