@@ -22,6 +22,7 @@ class Disk:
     def lock(self, path): return open(path, "ab")
     def rename(self, old, new): os.replace(old, new)
     def remove(self, path): Path(path).unlink(missing_ok=True)
+    def clear(self, folder): shutil.rmtree(folder, ignore_errors=True)
 
     def sync(self, file):
         "Wait until the disk has a file."
@@ -119,6 +120,13 @@ def write_together(
 # %% ../nbs/1_records/00_files.ipynb #132ab108
 _STAGED, _NAMES = ".saved", ".names"     # a folder whose files are on the way to their places, and the list of them
 
+def _move(staged, folder, names):
+    "Bring files to their places, for good."
+    for name in names:
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        if (staged/name).exists(): DISK.rename(staged/name, folder/name)
+    for place in {(folder/name).parent for name in names} | {folder}: DISK.sync_folder(place)
+
 def finish(
     folder,             # where `replacing_folder` wrote, or perhaps nobody
     first: str,         # the file without which the folder is nothing
@@ -133,11 +141,9 @@ def finish(
         DISK.sync_folder(folder)
         for old in (old for pattern in stale for old in folder.glob(pattern)):
             if old.name not in names: DISK.remove(old)
-        for name in sorted(names, key=first.__eq__):        # the first file comes last
-            (folder/name).parent.mkdir(parents=True, exist_ok=True)
-            if (staged/name).exists(): DISK.rename(staged/name, folder/name)
-        DISK.sync_folder(folder)
-    shutil.rmtree(staged, ignore_errors=True)
+        for moved in ([name for name in names if name != first], [first]):         # the first file comes last
+            _move(staged, folder, moved)
+    DISK.clear(staged)
 
 def _settle(staged):
     "List a folder's files in it, and push them to the disk, as readable as any file that is made here."
@@ -165,7 +171,7 @@ def replacing_folder(
         DISK.rename(staged, folder/_STAGED)
         DISK.sync_folder(folder)
     except BaseException as error:
-        shutil.rmtree(staged, ignore_errors=True)
+        DISK.clear(staged)
         if not isinstance(error, OSError): raise
         raise unwritten(folder, error) from error
     finish(folder, first, stale)

@@ -403,12 +403,21 @@ def _cast(state, dtype):
     return {name: cast(value) if value.is_floating_point() else value for name, value in state.items()}
 
 
+def _refused(error):
+    "A disk's refusal in the words of Rust, in which weights and tokenizers are written, as Python's error, else None."
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found: return OSError(int(found[1]), os.strerror(int(found[1])))
+    return OSError(str(error)) if isinstance(error, SafetensorError) else None
+
 @contextmanager
 def _replacing(folder):
     "A folder to write a model into, which then stands whole in its place; OSError when the disk refuses."
     try:
         with replacing_folder(folder, "config.json", WEIGHTS) as inside: yield inside
-    except SafetensorError as e: raise unwritten(folder, OSError(str(e))) from e
+    except Exception as e:
+        refused = None if isinstance(e, OSError) else _refused(e)
+        if not refused: raise
+        raise unwritten(folder, refused) from e
 
 def write_weights(
     lm,             # causal LM, with or without adapters
