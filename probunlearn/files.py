@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/1_records/00_files.ipynb #e46d3596
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 import errno
 import json
@@ -222,6 +223,22 @@ def json_lines(
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} is not a JSON object: {line.strip()[:60]!r}{because}")
         yield row
+
+# %% ../nbs/1_records/00_files.ipynb #18e5899f
+def reads(
+    what: str,          # what the file is taken for
+):                      # decorator of a reader whose first argument is a path
+    "Whatever a reader stumbles over is a ValueError with the file's name; a disk's errors have it already."
+    def decorate(read):
+        @wraps(read)
+        def named(path, *args, **how):
+            try: return read(path, *args, **how)
+            except Exception as e:
+                told = isinstance(e, ValueError) and str(path) in str(e)
+                if told or isinstance(e, (OSError, MemoryError)): raise
+                raise ValueError(f"{path} looks like {what}, but could not be read ({type(e).__name__}: {e})") from e
+        return named
+    return decorate
 
 # %% ../nbs/1_records/00_files.ipynb #405eb439
 _FOLDERS = ("checkpoint checkpoints ckpt ckpts data dataset datasets download downloads exp exps experiment "
