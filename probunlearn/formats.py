@@ -176,6 +176,7 @@ _FORMATS = (
 )
 
 # %% ../nbs/3_benchmarks/05_formats.ipynb #aa640d95
+@reads("a file of answers")
 def read_answers(
     path,               # .csv, .tsv, .json, .jsonl or inspect's .eval
     *,

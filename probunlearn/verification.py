@@ -17,7 +17,7 @@ import re
 # %% ../nbs/4_reports/08_verification.ipynb #4821fddf
 from . import __version__
 from .bounds import Bound, rounded
-from .files import parsed
+from .files import parsed, reads
 from .page import html_page, picture
 from .reading import both_asked, control_asked, control_of
 from .report import SCHEMA, Report, as_json
@@ -262,15 +262,10 @@ def _files(path, data, report):
     else: yield Check("file", image.name, None, "matplotlib draws it otherwise here: look at it beside a new one")
 
 # %% ../nbs/4_reports/08_verification.ipynb #05014834
-def verify(
-    folder,             # a run's folder
-    report=None,        # the report's JSON or page; default: report.json in the folder
-    *,
-    score=None,         # the score, where it is one of your own; default: by its name, else as the JSON recorded it
-) -> Verification:      # FileNotFoundError where there is no run or report, ValueError for another format
-    "Make every claim, table and hash of a report again from the run's draws; nothing is written, no model is needed."
-    path = Path(report or Path(folder)/"report.json").with_suffix(".json")
-    data, run = _said(path), read_run(folder)
+@reads("a report")
+def _verified(path, run, score):
+    "The checks of one report against a run."
+    data = _said(path)
     rule, checks = score or _by_name(data["score"]), [_provenance(run, data), *_ledger(run, data)]
     if not rule:
         why = "taken as they are recorded, since the score isn't known by its name: pass score= to compute them"
@@ -284,3 +279,13 @@ def verify(
         why = "it can't be made again from these draws"
         sentences = [Check("sentence", claim, False, why) for claim in data["claims"]]
     return Verification(f"{path.resolve().parent.name}/{path.name}", (*sentences, *checks))
+
+def verify(
+    folder,             # a run's folder
+    report=None,        # the report's JSON or page; default: report.json in the folder
+    *,
+    score=None,         # the score, where it is one of your own; default: by its name, else as the JSON recorded it
+) -> Verification:      # FileNotFoundError where there is no run or report, ValueError for another format
+    "Make every claim, table and hash of a report again from the run's draws; nothing is written, no model is needed."
+    path = Path(report or Path(folder)/"report.json").with_suffix(".json")
+    return _verified(path, read_run(folder), score)

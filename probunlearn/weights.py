@@ -275,7 +275,7 @@ def adapter_base(
     "The folder or hub id that an adapter names as its base."
     file = None if Path(source).is_file() else beside(source, "adapter_config.json", place)
     if not file: return None
-    with _reading(source): said = json.loads(file.read_text(encoding="utf-8"))
+    with _reading(file): said = json.loads(file.read_text(encoding="utf-8"))
     base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
     if not base or not isinstance(base, str):
         raise ValueError(f"{file} names no base_model_name_or_path: write the base model's folder there")

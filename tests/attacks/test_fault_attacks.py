@@ -277,19 +277,19 @@ def filled(name, room, expected, folder):
 BY_BOUNDARY = [name for name in WORKS if name != "model"]       # which other libraries write
 
 
-MANY = 100          # writes: more than that, of each tensor in each checkpoint, take their time
+MANY = 60           # writes: more than that, of a server's run or of each tensor in each checkpoint, take their time
 
 
 @pytest.mark.parametrize("name", BY_BOUNDARY)
 def test_a_disk_that_is_full_at_any_write(name, expected, tmp_path):
-    "Each write of a small run, of labels and of a report; some of the many of a training, the others are slow."
+    "Each write of a small run, of labels and of a report; some of the many of a server's run and of a training."
     points = expected(name)[0].boundaries
     for room in points if len(points) < MANY else points[::25]: filled(name, room, expected, tmp_path/str(room))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["finetune", "unlearn"])
-def test_a_disk_that_is_full_at_any_write_of_a_training(name, expected, tmp_path):
+@pytest.mark.parametrize("name", ["endpoint", "finetune", "unlearn"])
+def test_a_disk_that_is_full_at_any_of_many_writes(name, expected, tmp_path):
     for room in expected(name)[0].boundaries: filled(name, room, expected, tmp_path/str(room))
 
 
