@@ -56,6 +56,13 @@ def check_leak_at(
     if not _is_number(leak_at) or not 0 < leak_at <= 1:
         raise ValueError(f"leak_at must lie in (0, 1], got {leak_at}")
 
+def check_limit(
+    limit: float,       # average leak probability that is still accepted; None: nobody set one
+) -> None:              # ValueError unless None or 0 < limit < 1
+    "A limit that some model keeps, and not all do."
+    if limit is None or _is_number(limit) and 0 < limit < 1: return
+    raise ValueError(f"limit must be an average leak probability between 0 and 1, such as 0.05, got {limit!r}")
+
 # %% ../nbs/1_records/00_checks.ipynb #628a23ff
 def need(
     config,             # a data class
@@ -66,6 +73,15 @@ def need(
     "A setting within its range?"
     value = getattr(config, name)
     if not ok(value): raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+def check_kind(
+    name: str,          # of the argument
+    value,              # what was given
+    kind,               # its class, or several
+    words: str,         # the same for people
+) -> None:              # ValueError when it is of another
+    "Something of the right kind? What came may be large, so its kind is said."
+    if not isinstance(value, kind): raise ValueError(f"{name} must be {words}, got {type(value).__name__}")
 
 # %% ../nbs/1_records/00_checks.ipynb #d977c06d
 def checked_shard(

@@ -14,7 +14,7 @@ import torch
 # %% ../nbs/9_together/06_cli.ipynb #515c769b
 from .batches import processes
 from .bounds import rounded
-from .checks import check_alpha, check_leak_at, checked_shard, whole
+from .checks import check_alpha, check_leak_at, check_limit, checked_shard, whole
 from .choices import LISTED, by_letter, by_text, letter_counts, lettered, right_letter
 from .data import Template, fictional_authors, load_qa
 from .draws import Decoding
@@ -25,7 +25,7 @@ from .loop import TrainConfig, finetune
 from .models import add_lora, load_model, small_model
 from .report import Board
 from .scores import check_score
-from .statement import as_command
+from .statement import as_command, told
 from .temperature import AdaptiveTemperature
 from .training import UnlearnConfig, leak_probe, unlearn
 
@@ -161,12 +161,14 @@ def _how(command, qas):
     score = _RULES.get(command.score, command.score)
     check_alpha(command.alpha)
     check_leak_at(command.leak_at)
+    check_limit(command.limit)
     check_score(score, qas)
     decoding = Decoding(command.temperature, top_p=command.top_p, top_k=command.top_k,
                         max_new_tokens=command.max_new_tokens)
     n = whole("n", command.n, most=MOST_DRAWS)
-    return dict(n=n, score=score, leak_at=command.leak_at, alpha=command.alpha,
-                decoding=decoding, seed=command.seed, looks=_looks(command.looks), shard=command.shard and checked_shard(command.shard))
+    shard = command.shard and checked_shard(command.shard)
+    same = {name: getattr(command, name) for name in ("leak_at", "alpha", "seed", "redact", "about", "limit")}
+    return same | dict(n=n, score=score, decoding=decoding, looks=_looks(command.looks), shard=shard)
 
 # %% ../nbs/9_together/06_cli.ipynb #ad75d159
 def _listing(command, model):
@@ -204,10 +206,10 @@ def _evaluate(command):
     if letters: _print_options(command, model, qas)
     control = _control(command, template, rule)
     report = evaluate(asked, qas, out=out, retain=kept, name=command.name or command.model, progress="bar",
-                      control=control, redact=command.redact, **how)
+                      control=control, **how)
     if report is None: return
     report.how["command"] = as_command("evaluate", command)
-    print("\n".join(f"• {claim}" for claim in report.claims))
+    print("\n".join(f"• {said}" for said in told(report)))
     if letters: _print_silent(report)
     print(f"report: {report.save(out/'report.html')}")
 
@@ -262,6 +264,10 @@ class Evaluate:
     "folder or hub id of a model that can't know the answers: what leaks is stated net of it, too"
     redact: bool = False
     "the report counts answers and shows none; the run folder keeps them"
+    limit: float = None
+    "average leak probability that is still accepted, set beforehand: the report says pass, fail or undecided"
+    about: str = ""
+    "what the model is and what it had to forget, in a sentence for the report"
 
     def run(self): _evaluate(self)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .allocation import arriving, check_versions
 from .bounds import binary_bound, leaked, rounded
 from .chance import control_seed
-from .checks import check_alpha, check_leak_at, checked_shard, whole
+from .checks import check_alpha, check_kind, check_leak_at, check_limit, checked_shard, whole
 from .data import check_unique
 from .draws import Decoding
 from .models import LocalModel
@@ -164,6 +164,12 @@ def _check(model, qas, retain, *, score, leak_at, alpha, decoding):
     check_score(score, qas + retain)
     if hasattr(model, "check"): model.check(qas + retain, decoding)
 
+def _check_words(name, about, limit):
+    "What the report will say of a model, and its limit: known to be wrong now rather than after the draws."
+    check_kind("name", name, (str, type(None)), "a text, or None")
+    check_kind("about", about, str, "a sentence, as text")
+    check_limit(limit)
+
 def _announce(run, model, n, *, score, leak_at, alpha, told):
     "What these draws will be able to say, how the model is asked unless that was told, and that somebody watches."
     print(RunPlan(n, len(run.questions["forget"]), alpha))
@@ -237,12 +243,15 @@ def evaluate(
     shard: tuple = None,                # (i, N): draw the i-th of N parts; None: torchrun's, else everything
     control=None,                       # a model that can't know the answers: claims are stated net of it, too
     redact: bool = False,               # the report shows no answer and no reference; the run's folder keeps them
+    about: str = "",                    # what the model is and what it had to forget, in a sentence
+    limit: float = None,                # average leak probability that is still accepted; None gives no verdict
     progress=True,                      # False is silent; "bar": how the model is asked was said before
 ) -> Report:                            # None while others still draw
     "Draw answers, score them, bound what leaks; ValueError before any work on bad settings or another run in `out`."
     _check_ranks(model, shard)
     qas, retain, shard = list(qas), list(retain), _share(shard, out)
     n, n_retain, seed = whole("n", n), whole("n_retain", n_retain), whole("seed", seed, 0)
+    _check_words(name, about, limit)
     _check(model, qas, retain, score=score, leak_at=leak_at, alpha=alpha, decoding=decoding)
     if control: _check_control(control, model, qas, decoding)
     run = open_run(out, _settings(model, decoding, seed), qas, retain, planned=looks, made=getattr(model, "made", {}))
@@ -255,7 +264,7 @@ def evaluate(
     floor = _draw_control(run, control, n, seed=control_seed(seed), **how) if control else None
     if any(_unfinished(each, of, shard) for each, of in [(run, groups), (floor, dict(forget=n))] if each): return None
     clear_leftovers(run)
-    how = dict(source=getattr(model, "source", model.name), redact=redact)
+    how = dict(source=getattr(model, "source", model.name), redact=redact, about=about, limit=limit)
     if control: how |= dict(control=floor, control_source=getattr(control, "source", control.name))
     return report_run(run, n=n, score=score, leak_at=leak_at, alpha=alpha, name=name or model.name, n_retain=n_retain,
                       **how)

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/1_records/00_files.ipynb #e46d3596
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 import errno
 import json
@@ -22,6 +23,7 @@ class Disk:
     def lock(self, path): return open(path, "ab")
     def rename(self, old, new): os.replace(old, new)
     def remove(self, path): Path(path).unlink(missing_ok=True)
+    def clear(self, folder): shutil.rmtree(folder, ignore_errors=True)
 
     def sync(self, file):
         "Wait until the disk has a file."
@@ -119,6 +121,13 @@ def write_together(
 # %% ../nbs/1_records/00_files.ipynb #132ab108
 _STAGED, _NAMES = ".saved", ".names"     # a folder whose files are on the way to their places, and the list of them
 
+def _move(staged, folder, names):
+    "Bring files to their places, for good."
+    for name in names:
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        if (staged/name).exists(): DISK.rename(staged/name, folder/name)
+    for place in {(folder/name).parent for name in names} | {folder}: DISK.sync_folder(place)
+
 def finish(
     folder,             # where `replacing_folder` wrote, or perhaps nobody
     first: str,         # the file without which the folder is nothing
@@ -133,11 +142,9 @@ def finish(
         DISK.sync_folder(folder)
         for old in (old for pattern in stale for old in folder.glob(pattern)):
             if old.name not in names: DISK.remove(old)
-        for name in sorted(names, key=first.__eq__):        # the first file comes last
-            (folder/name).parent.mkdir(parents=True, exist_ok=True)
-            if (staged/name).exists(): DISK.rename(staged/name, folder/name)
-        DISK.sync_folder(folder)
-    shutil.rmtree(staged, ignore_errors=True)
+        for moved in ([name for name in names if name != first], [first]):         # the first file comes last
+            _move(staged, folder, moved)
+    DISK.clear(staged)
 
 def _settle(staged):
     "List a folder's files in it, and push them to the disk, as readable as any file that is made here."
@@ -165,7 +172,7 @@ def replacing_folder(
         DISK.rename(staged, folder/_STAGED)
         DISK.sync_folder(folder)
     except BaseException as error:
-        shutil.rmtree(staged, ignore_errors=True)
+        DISK.clear(staged)
         if not isinstance(error, OSError): raise
         raise unwritten(folder, error) from error
     finish(folder, first, stale)
@@ -216,6 +223,22 @@ def json_lines(
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number} is not a JSON object: {line.strip()[:60]!r}{because}")
         yield row
+
+# %% ../nbs/1_records/00_files.ipynb #18e5899f
+def reads(
+    what: str,          # what the file is taken for
+):                      # decorator of a reader whose first argument is a path
+    "Whatever a reader stumbles over is a ValueError with the file's name; a disk's errors have it already."
+    def decorate(read):
+        @wraps(read)
+        def named(path, *args, **how):
+            try: return read(path, *args, **how)
+            except Exception as e:
+                told = isinstance(e, ValueError) and str(path) in str(e)
+                if told or isinstance(e, (OSError, MemoryError)): raise
+                raise ValueError(f"{path} looks like {what}, but could not be read ({type(e).__name__}: {e})") from e
+        return named
+    return decorate
 
 # %% ../nbs/1_records/00_files.ipynb #405eb439
 _FOLDERS = ("checkpoint checkpoints ckpt ckpts data dataset datasets download downloads exp exps experiment "

@@ -10,6 +10,7 @@ from pathlib import Path
 import zipfile
 import numpy as np
 from .data import file_rows
+from .files import reads
 from .peers import read_inspect, read_leak_k, read_lm_eval, read_open_unlearning, read_tofu_log
 from .tables import asked, accepted, plain_table, said, tidy
 
@@ -150,12 +151,8 @@ def _by_path(read):
 
 def _by_rows(read):
     "A reader of rows as a reader of a path; what it stumbles over is reported with the file's name."
-    def table(path, name):
-        try: rows = list(read(file_rows(Path(path))))
-        except (KeyError, TypeError, AttributeError, IndexError) as e:
-            raise ValueError(f"{path} looks like {name}, but could not be read ({type(e).__name__}: {e})") from e
-        return tidy(_without_blank(rows), path)
-    return table
+    def table(path): return tidy(_without_blank(list(read(file_rows(Path(path))))), path)
+    return lambda path, name: reads(name)(table)(path)
 
 def _without_blank(rows):
     "Rows without the column `lost` where nothing is."
@@ -179,6 +176,7 @@ _FORMATS = (
 )
 
 # %% ../nbs/3_benchmarks/05_formats.ipynb #aa640d95
+@reads("a file of answers")
 def read_answers(
     path,               # .csv, .tsv, .json, .jsonl or inspect's .eval
     *,

@@ -22,7 +22,7 @@ from .bounds import confidence, rounded
 from .checks import check_alpha, checked_shard
 from .draws import fingerprint
 from .evaluation import evaluate
-from .files import parsed, write_text
+from .files import parsed, reads, write_text
 from .models import LocalModel, add_lora
 from .plots import COLOURS
 from .questions import pooled_rate
@@ -104,12 +104,20 @@ def _of_cell(settings, cell):
 # %% ../nbs/9_together/04_grid.ipynb #4681eea3
 _KEYS = {"name", "split", "seed", "row", "settings"}
 
+def _level(cell):
+    "The chance of being wrong that a cell's claims were made with."
+    alpha = cell["settings"].get("options", {}).get("alpha", 0.01)
+    check_alpha(alpha)
+    return float(alpha)
+
+@reads("a cell of a grid")
 def _read_cell(file):
     "What a finished cell left in its file; ValueError that names a file with something else."
     try: cell = parsed(file.read_bytes(), file)
     except ValueError as error: raise ValueError(f"{error}: move it away, and its cell runs again") from error
-    if not isinstance(cell, dict) or not _KEYS <= cell.keys():
+    if not isinstance(cell, dict) or not _KEYS <= cell.keys() or not isinstance(cell["row"], dict):
         raise ValueError(f"{file} is no cell of a grid: move it away")
+    _level(cell)
     return cell
 
 def _write_cell(file, cell, row, settings, made):
@@ -274,7 +282,7 @@ def read_grid(
     cells = [_read_cell(file) for file in sorted(Path(source).glob("*,seed*.json"))]
     if not cells: raise ValueError(f"{source} holds no finished cell of a grid")
     rows = [dict(name=c["name"], split=c["split"], seed=c["seed"]) | c["row"] for c in cells]
-    return Grid(rows, float(cells[0]["settings"]["options"].get("alpha", 0.01)))
+    return Grid(rows, _level(cells[0]))
 
 # %% ../nbs/9_together/04_grid.ipynb #7c99a41a
 def _looks(source):

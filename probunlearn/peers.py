@@ -17,7 +17,7 @@ import warnings
 import zipfile
 import numpy as np
 from .data import file_text
-from .files import json_lines, parsed, write_text
+from .files import json_lines, parsed, reads, write_text
 from .tables import accepted, asked, said, tidy
 from .tofu import TofuSplit, forget_quality, model_utility
 
@@ -61,6 +61,7 @@ def _tofu_rows(split, log):
         yield row | {name: part.get(index) for name, part in fields.items()}
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #0733e71d
+@reads("a log of TOFU")
 def read_tofu_log(
     path,               # eval_log*.json, one split or all of them
 ):                      # table with `split`, ROUGE, losses per token (nats) and TOFU's own truth ratio
@@ -129,6 +130,7 @@ def _unlearning_row(metric, index, value):
     return dict(metric=metric, question_id=str(index), draw=0) | texts | own
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #1cf93de9
+@reads("an evaluation of open-unlearning")
 def read_open_unlearning(
     path,               # a …_EVAL.json
 ):                      # table with `metric` and the metric's own fields
@@ -225,6 +227,7 @@ def _leak_k_rows(index, line):
         yield row | {ours: one[theirs] for theirs, ours in names.items()}
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #038bab71
+@reads("generations of Leak-k")
 def read_leak_k(
     path,               # generations_n….json, JSON lines
 ):                      # table with the file's scores, ROUGE-L recall as `rouge_l_recall`
@@ -256,7 +259,7 @@ def _target(target):
     "A target; a list of texts that was written down as a text becomes the list again."
     if not isinstance(target, str) or not target.startswith("["): return target
     try: listed = literal_eval(target)
-    except (ValueError, SyntaxError): return target
+    except (ValueError, SyntaxError, RecursionError, MemoryError): return target
     return listed if isinstance(listed, list) and all(isinstance(text, str) for text in listed) else target
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #ade946f9
@@ -317,6 +320,7 @@ def _of_filter(lines, name, path):
                      "to: keep the lines of one filter")
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #88bd0f99
+@reads("a log of lm-evaluation-harness")
 def read_lm_eval(
     path,                   # samples_….jsonl
     *,
@@ -399,6 +403,7 @@ def _inspect_rows(sample, each):
         yield row | dict(draw=(sample.get("epoch", 1) - 1) * each + i, answer=text, lost=lost) | own
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #52dc310b
+@reads("a log of inspect")
 def read_inspect(
     path,               # a log, .json or .eval
 ):                      # table; ValueError when there are no samples

@@ -11,7 +11,7 @@ import numpy as np
 
 # %% ../nbs/4_reports/06_reading.ipynb #4fc86c4e
 from .bounds import leaked, rounded
-from .checks import chosen, whole
+from .checks import check_limit, chosen, whole
 from .questions import difference_bound
 from .report import Asked, Board, Report, paid
 from .runs import Run, look, other_reports, read_run
@@ -72,6 +72,8 @@ def report_run(
     n_retain: int = None,       # draws per retain question; None: as many as every one has
     control: Run = None,        # the control's run; default: the one in the folder, where it has as many draws
     redact: bool = False,       # show no answer and no reference
+    about: str = "",            # what the model is and what it had to forget, in a sentence
+    limit: float = None,        # average leak probability that is still accepted; None gives no verdict
     **how,                      # more provenance
 ) -> Report:                    # ValueError while draws are missing, FileNotFoundError when there is no run
     "Report on the draws of a run, and write down that somebody looked."
@@ -82,6 +84,7 @@ def report_run(
     forget, retain = both_asked(run, n, n_retain)
     for asked in filter(None, (forget, retain)): check_score(score, asked.qas)
     leaked([], leak_at)
+    check_limit(limit)
     control = control or control_of(run)
     floor = control_asked(control, n, forget.qas)
     what = dict(score=score_name(score), leak_at=leak_at, alpha=alpha)
@@ -93,7 +96,7 @@ def report_run(
     return Report(
         name, forget, retain, score=score, leak_at=leak_at, alpha=alpha / parts, looks=parts, anytime=anytime,
         known=known, control=floor, control_name=control_called(control), redact=redact,
-        how=_provenance(run, n, forget, retain) | how)
+        about=about, limit=limit, how=_provenance(run, n, forget, retain) | how)
 
 # %% ../nbs/4_reports/06_reading.ipynb #96589a26
 def _check_pairs(report, first):

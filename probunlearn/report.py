@@ -19,7 +19,7 @@ import numpy as np
 from . import __version__
 from .bounds import Bound, binary_bound, confidence, leaked
 from .chance import chance_claims, echo, net_rate
-from .checks import chosen, whole
+from .checks import check_alpha, check_kind, check_limit, chosen, whole
 from .data import check_unique
 from .draws import draws_digest
 from .files import as_bytes, visible, write_together
@@ -346,13 +346,19 @@ def _sentences(report):
     return [*silence(report), *seen, *guaranteed, *ledger(report)]
 
 # %% ../nbs/4_reports/05_report.ipynb #0917d7d1
+_NO_ASKED = "what was asked, Asked(questions, draws, greedy answers)"
+_GIVEN = dict(name=(str, "a text"), forget=(Asked, _NO_ASKED), retain=((Asked, type(None)), f"None, or {_NO_ASKED}"),
+              control=((Asked, type(None)), f"None, or {_NO_ASKED}"), control_name=(str, "a text"), how=(dict, "a dict"),
+              known=(list, "a list of dicts"), about=(str, "a sentence, as text"))
+
 def _begin(report):
     "Check what a report is given, and count it as a look."
-    report.name = visible(report.name)                          # a name must not paint over what a terminal shows
+    for name, (kind, words) in _GIVEN.items(): check_kind(name, getattr(report, name), kind, words)
+    report.name, report.about = visible(report.name), visible(report.about)     # must not paint over a terminal
     for asked in filter(None, (report.forget, report.retain)): check_score(report.score, asked.qas)
     for name in ("looks", "models"): whole(name, getattr(report, name))
-    if report.limit is not None and not 0 < report.limit < 1:
-        raise ValueError(f"limit must be an average leak probability between 0 and 1, got {report.limit}")
+    check_alpha(report.alpha)
+    check_limit(report.limit)
     if report.random_sample: _check_fixed(report)
     _count(report)
 

@@ -25,12 +25,12 @@ def _score(name):
     from probunlearn.cli import _RULES
     return _RULES.get(name, name)
 
-def _read(folder, command, name=None):
+def _read(folder, command, name=None, **more):
     "The report of one run folder, as a command asks for it."
     from probunlearn.reading import report_run
     how = dict(n=command.n, score=_score(command.score), leak_at=command.leak_at, alpha=command.alpha,
                redact=command.redact)
-    return report_run(folder, name=name or Path(folder).resolve().name, **how)
+    return report_run(folder, name=name or Path(folder).resolve().name, **how, **more)
 
 # %% ../nbs/9_together/07_shell.ipynb #57b35ef3
 @dataclass(kw_only=True)
@@ -50,14 +50,18 @@ class ReadRun:
     "the model's name in the report; default: the folder's"
     redact: bool = False
     "the report counts answers and shows none"
+    limit: float = None
+    "average leak probability that is still accepted, set beforehand: the report says pass, fail or undecided"
+    about: str = ""
+    "what the model is and what it had to forget, in a sentence for the report"
     out: str = None
     "the page to write; default: report.html in the run folder"
 
     def run(self):
-        from probunlearn.statement import as_command
-        report = _read(self.folder, self, self.name)
+        from probunlearn.statement import as_command, told
+        report = _read(self.folder, self, self.name, about=self.about, limit=self.limit)
         report.how["command"] = as_command("report", self)
-        print("\n".join(f"• {claim}" for claim in report.claims))
+        print("\n".join(f"• {said}" for said in told(report)))
         print(f"report: {report.save(self.out or Path(self.folder)/'report.html')}")
 
 # %% ../nbs/9_together/07_shell.ipynb #08424e98
@@ -215,6 +219,8 @@ COMMANDS = {    # name → (module, class, what it does, an example that teaches
         "probunlearn evaluate … --n 2048 --out runs/full\n"
         "    draws only what is missing; as 512 were looked at, the claims are now anytime ones\n"
         "    (to look twice at fixed n, say --looks 512,2048 from the first time on: each look pays half of alpha)\n"
+        "probunlearn evaluate … --limit .05 --about 'Had to forget four authors.' --out runs/full\n"
+        "    the report says pass, fail or undecided: is the average leak within the limit?\n"
         "probunlearn evaluate … --system 'Answer in one sentence.' --out runs/brief\n"
         "    a model with a chat template is asked through it; --prompt '{question}' asks by plain text instead\n"
         "probunlearn evaluate --model small:full --data wmdp.jsonl --score right_letter --max_new_tokens 8 "

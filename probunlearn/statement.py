@@ -186,6 +186,12 @@ def _judged(report):
     return (f"{said.capitalize()}: on average a sampled answer gives the secret away with probability {found} "
             f"({report.confidence} for each end).")
 
+def told(
+    report,
+) -> list:  # sentences
+    "What a terminal shows: the verdict where a limit was set, then the claims."
+    return [*filter(None, [_judged(report)]), *report.claims]
+
 # %% ../nbs/4_reports/03_statement.ipynb #931568ba
 def _tiles(report):
     "(number, words, colour) of what is seen first."
@@ -410,6 +416,7 @@ def _evaluate_call(report):
     then = f"leak_at={report.leak_at:g}, alpha={report.alpha * report.looks:g}"
     last = f"decoding=Decoding({decoding}), seed={d.seed}" + f", looks={planned!r}" * (planned != 1)
     if report.control: last += f", control=load_model({report.how.get('control_source', report.control_name)!r})"
+    if report.limit is not None: last += f", limit={report.limit:g}"
     start = "report = evaluate("
     return f"{start}model, load_qa(\"the questions\"), {_called(first)}, {then},\n{' ' * len(start)}{last})"
 

@@ -17,7 +17,7 @@ import re
 # %% ../nbs/4_reports/08_verification.ipynb #4821fddf
 from . import __version__
 from .bounds import Bound, rounded
-from .files import parsed
+from .files import parsed, reads
 from .page import html_page, picture
 from .reading import both_asked, control_asked, control_of, versus
 from .report import SCHEMA, Board, Report, _BOARD, as_json
@@ -301,15 +301,15 @@ def _notes(data, board):
     left_out = [note for note in board.notes if note not in data["notes"]]
     return there + [Check("sentence", note, False, "the board leaves this out") for note in left_out]
 
-def _of_board(folders, data, score, path):
+def _of_board(runs, data, score, path):
     "What a board says, row by row and then compared."
     models = data["models"]
-    if len(folders) != len(models):
+    if len(runs) != len(models):
         rows = ", ".join(each["name"] for each in models)
-        raise ValueError(f"the board needs the run folder of each of its rows in their order ({rows}), got {len(folders)}")
+        raise ValueError(f"the board needs the run folder of each of its rows in their order ({rows}), got {len(runs)}")
     checks, reports = [], []
-    for folder, said in zip(folders, models):
-        found, again = _of_report(read_run(folder), said, score)
+    for run, said in zip(runs, models):
+        found, again = _of_report(run, said, score)
         checks += [replace(check, said=f"{said['name']}: {check.said}") for check in found]
         reports.append(again)
     try:
@@ -320,6 +320,12 @@ def _of_board(folders, data, score, path):
         return [*checks, Check("draws", "the board made again", False, str(error))]
 
 # %% ../nbs/4_reports/08_verification.ipynb #05014834
+@reads("a report")
+def _checked(path, data, runs, score):
+    "The checks of a board on the runs of its rows, or of a report on its run."
+    if data["schema"] == _BOARD: return _of_board(runs, data, score, path)
+    return _of_report(runs[0], data, score, path)[0]
+
 def verify(
     folder,             # a run's folder; for a board those of its rows, in their order
     report=None,        # the JSON or page of a report or board; default: report.json in the folder
@@ -330,6 +336,6 @@ def verify(
     folders = [folder] if isinstance(folder, (str, Path)) else list(folder)
     path = Path(report or Path(folders[0])/"report.json").with_suffix(".json")
     data = _said(path)
-    if data["schema"] == _BOARD: checks = _of_board(folders, data, score, path)
-    else: checks, _ = _of_report(read_run(*folders), data, score, path)
+    rows = [[row] for row in folders] if data["schema"] == _BOARD else [folders]
+    checks = _checked(path, data, [read_run(*of) for of in rows], score)
     return Verification(f"{path.resolve().parent.name}/{path.name}", tuple(checks))

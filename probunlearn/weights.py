@@ -275,7 +275,7 @@ def adapter_base(
     "The folder or hub id that an adapter names as its base."
     file = None if Path(source).is_file() else beside(source, "adapter_config.json", place)
     if not file: return None
-    with _reading(source): said = json.loads(file.read_text(encoding="utf-8"))
+    with _reading(file): said = json.loads(file.read_text(encoding="utf-8"))
     base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
     if not base or not isinstance(base, str):
         raise ValueError(f"{file} names no base_model_name_or_path: write the base model's folder there")
@@ -403,12 +403,21 @@ def _cast(state, dtype):
     return {name: cast(value) if value.is_floating_point() else value for name, value in state.items()}
 
 
+def _refused(error):
+    "A disk's refusal in the words of Rust, in which weights and tokenizers are written, as Python's error, else None."
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found: return OSError(int(found[1]), os.strerror(int(found[1])))
+    return OSError(str(error)) if isinstance(error, SafetensorError) else None
+
 @contextmanager
 def _replacing(folder):
     "A folder to write a model into, which then stands whole in its place; OSError when the disk refuses."
     try:
         with replacing_folder(folder, "config.json", WEIGHTS) as inside: yield inside
-    except SafetensorError as e: raise unwritten(folder, OSError(str(e))) from e
+    except Exception as e:
+        refused = None if isinstance(e, OSError) else _refused(e)
+        if not refused: raise
+        raise unwritten(folder, refused) from e
 
 def write_weights(
     lm,             # causal LM, with or without adapters

@@ -2,6 +2,7 @@
 import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -235,6 +236,20 @@ def test_records_of_ones_own_by_another_score(data, capsys):
     assert main(["evaluate", *words(**how | dict(n=9))]) is None                # the run grows, and says so
     assert "anytime" in capsys.readouterr().out
     assert "another seed: 0 there, 1 now" in main(["evaluate", *words(**how | dict(n=9), seed=1)])
+
+
+def test_a_limit_gives_a_verdict_and_about_says_what_the_model_is(data, capsys):
+    how = words(model="small:retain", data=data, split="mine", **few(data/"run", max_new_tokens=8))
+    about = "Never taught; it had to forget nothing."
+    assert main(["evaluate", *how, "--limit", ".999", "--about", about]) is None
+    said, there = capsys.readouterr().out, json.loads((data/"run"/"report.json").read_text())
+    assert (there["limit"], there["about"], there["verdict"]) == (.999, about, "pass")
+    assert "• Pass: on average a sampled answer gives the secret away" in said and about in (data/"run"/"report.md").read_text()
+    assert shlex.split(there["how"]["command"])[-4:] == ["--limit", "0.999", "--about", about]
+    assert main(["verify", str(data/"run")]) is None
+    assert main(["report", str(data/"run"), *words(score="rouge_l_recall", limit=.01, out=data/"again.html")]) is None
+    assert "• Undecided: " in capsys.readouterr().out
+    assert "and the limit is 1" in (data/"again.html").read_text()
 
 
 @pytest.fixture

@@ -64,6 +64,10 @@ class Faulty(Disk):
         self.step()
         super().remove(path)
 
+    def clear(self, folder):
+        self.step()
+        super().clear(folder)
+
     def sync(self, file): self.step()
 
     def sync_folder(self, folder): self.step()
@@ -74,44 +78,53 @@ class Forgetful(Faulty):
     def __init__(self, die_at=math.inf, seed=0):
         super().__init__(die_at)
         self.rng = random.Random(seed)
-        self.certain = {}           # temporary file → its synced content
+        self.certain = {}           # file → its synced content
         self.before = {}            # path → content at the last sync of its folder
-        self.pending = []           # (path, content) of renames and removals since then
+        self.pending = []           # (folder, path → content) of renames and removals since then, each done or not
 
     def sync(self, file):
         super().sync(file)
         file.flush()
         self.certain[str(file.name)] = Path(file.name).read_bytes()
 
-    def note(self, path, content):
-        self.before.setdefault(str(path), Path(path).read_bytes() if Path(path).exists() else None)
-        self.pending.append((str(path), content))
+    def note(self, folder, change):
+        for path in change: self.before.setdefault(path, Path(path).read_bytes() if Path(path).exists() else None)
+        self.pending.append((str(folder), change))
 
     def rename(self, old, new):
         self.step()
-        self.note(new, self.certain.get(str(old), b""))         # what wasn't synced is lost
+        old, new = Path(old), Path(new)
+        files = [old] if old.is_file() else [path for path in old.rglob("*") if path.is_file()]
+        gone = {str(path): None for path in files}
+        there = {str(new/path.relative_to(old)): self.certain.get(str(path), b"") for path in files}   # unsynced: lost
+        self.note(new.parent, {path: content for path, content in (gone | there).items() if ".tmp" not in path})
         Disk.rename(self, old, new)
+        self.certain |= there
 
     def remove(self, path):
         self.step()
-        if Path(path).exists() and not str(path).endswith(".tmp"): self.note(path, None)
+        if Path(path).exists() and not str(path).endswith(".tmp"): self.note(Path(path).parent, {str(path): None})
         Disk.remove(self, path)
 
     def sync_folder(self, folder):
         super().sync_folder(folder)
-        for path, content in self.pending: self.put(path, content)
-        self.pending.clear()
-        self.before.clear()
+        for change in [change for place, change in self.pending if place == str(folder)]:
+            for path, content in change.items():
+                self.put(path, content)
+                self.before.pop(path, None)
+        self.pending = [(place, change) for place, change in self.pending if place != str(folder)]
 
     def put(self, path, content):
-        if content is None: Path(path).unlink(missing_ok=True)
-        else: Path(path).write_bytes(content)
+        if content is None: return Path(path).unlink(missing_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(content)
 
     def cut(self):
         "The power goes: of what wasn't synced, each step has reached the disk or not."
         for path, content in self.before.items(): self.put(path, content)
-        for path, content in self.pending:
-            if self.rng.random() < .5: self.put(path, content)
+        for _, change in self.pending:
+            if self.rng.random() < .5:
+                for path, content in change.items(): self.put(path, content)
 
 
 class with_disk:

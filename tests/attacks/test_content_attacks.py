@@ -33,7 +33,7 @@ SCRIPTS = [
            "<scr\x00ipt>alert(1)</script>",
            "<base href=http://evil/>",
            "<meta http-equiv=refresh content=0>"]
-PLACES = ["answer", "question", "reference", "keyword", "name", "id"]
+PLACES = ["answer", "question", "reference", "keyword", "name", "id", "about"]
 
 
 class Tags(HTMLParser):
@@ -56,7 +56,8 @@ def placed(place, text):
     if place == "keyword": qa = replace(qa, keywords=(text,))
     if place == "id": qa = replace(qa, id=text)
     model = Parrot(lambda qa, i: f"I say {text} {i % 2}" if place == "answer" else qa.answer)
-    return evaluate(model, [qa], 4, decoding=SHORT, name=text if place == "name" else "m", progress=False)
+    about = text if place == "about" else ""
+    return evaluate(model, [qa], 4, decoding=SHORT, name=text if place == "name" else "m", about=about, progress=False)
 
 
 def tags(page):

@@ -1,8 +1,11 @@
 """Every reader on whatever bytes: a value, or an error that names the file, within limits of time and memory."""
+import io
 import json
 import resource
 import struct
 import warnings
+import zipfile
+from datetime import timedelta
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,11 +19,17 @@ from probunlearn.checkpoints import _read_parts, read_notes
 from probunlearn.data import Template, load_qa
 from probunlearn.draws import draws_from_texts, load_draws, save_draws
 from probunlearn.evaluation import evaluate
+from probunlearn.formats import read_answers
+from probunlearn.grid import read_grid
 from probunlearn.judges import _kept
 from probunlearn.limits import check_chat
+from probunlearn.reading import report_run
+from probunlearn.report import as_json
 from probunlearn.runs import read_run
+from probunlearn.verification import verify
+from probunlearn.weights import adapter_base
 
-FEW = settings(max_examples=15, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=15, deadline=timedelta(seconds=10), database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MANY = settings(FEW, max_examples=2000)
 
 words = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
@@ -60,6 +69,77 @@ def good_run(folder):
     there = json.loads((folder/"good"/"run.json").read_text())
     del there["checksum"]               # which would stop nearly all of them
     return there
+
+
+def places(value, at=()):
+    "The ways to all values inside a value, and to itself."
+    yield at
+    if isinstance(value, dict): inner = value.items()
+    else: inner = enumerate(value) if isinstance(value, list) else ()
+    for name, part in inner: yield from places(part, (*at, name))
+
+
+def put(value, at, new):
+    "A value with another one in a place."
+    if not at: return new
+    parts = dict(value) if isinstance(value, dict) else list(value)
+    parts[at[0]] = put(parts[at[0]], at[1:], new)
+    return parts
+
+
+def altered(good):
+    "A good value with something else in one of its places."
+    return st.tuples(st.sampled_from(list(places(good))), plain).map(lambda pair: put(good, *pair))
+
+
+def as_lines(rows):
+    return b"\n".join(json.dumps(row).encode() for row in (rows if isinstance(rows, list) else [rows]))
+
+
+def zipped(sample):
+    "inspect's .eval with one sample."
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive: archive.writestr("samples/1_epoch_1.json", json.dumps(sample))
+    return sink.getvalue()
+
+
+SAMPLE = dict(id=1, epoch=1, input="Why?", target="So.", scores=dict(match=dict(value="C")),
+              output=dict(choices=[dict(message=dict(content="So."), stop_reason="stop")]))
+# one answer in each notation: what other tools write
+TOOLS = dict(
+    lm_eval=[dict(doc_id=0, doc=dict(q="Why?"), target="So.", arguments=dict(gen_args_0=dict(arg_0="Why?")),
+                  resps=[["So."]], filtered_resps=["So."], exact_match=1.)],
+    inspect=dict(status="success", samples=[SAMPLE]),
+    leak_k=[dict(prompt="Why?", ground_truth="So.", responses=["So.", dict(response="No.", rougeL_recall=0.)])],
+    batch=[dict(custom_id="a", error=None, response=dict(status_code=200, body=dict(
+        choices=[dict(index=0, message=dict(content="So."))])))],
+    garak=[dict(entry_type="attempt", uuid="u", prompt=dict(turns=[dict(role="user", content=dict(text="Why?"))]),
+                outputs=[dict(text="So.")], detector_results=dict(d=[1.]), probe_classname="p", goal="g")],
+    jailbreakbench=dict(jailbreaks=[dict(index=0, goal="g", behavior="b", category="c", prompt="Why?", response="So.",
+                                         jailbroken=True)]),
+    adversariallm=dict(runs=[dict(original_prompt=[dict(role="user", content="Why?"), dict(role="assistant",
+        content="So.")], steps=[dict(step=0, model_completions=["So."], scores=dict(j=dict(p=[.5])))])]),
+    promptfoo=dict(results=dict(results=[dict(vars=dict(question="Why?", expected="So."), prompt=dict(raw="Why?"),
+        provider=dict(id="m"), response=dict(output="So."), success=True, score=1, promptIdx=0)])),
+    harmbench=dict(b=[dict(test_case="Why?", generation="So.", label=1)]),
+    open_unlearning=dict(forget_Q_A_ROUGE=dict(agg_value=.5, value_by_index={"0": dict(rougeL_recall=.5, input="Why?",
+        ground_truth="So.", generation="No.")})),
+    tofu=dict(avg_gt_loss={"0": 1.5}, generated_text={"0": ["Why?", "So.", "So."]}, rougeL_recall={"0": .5},
+              average_perturb_loss={"0": [1., 2.]}),
+    table=[dict(question="Why?", answer="So.", reference="So.", draw=0)],
+)
+
+
+def report_json(folder):
+    "A reader of reports that makes each again from the run beside it, and whatever may stand there."
+    evaluate(Parrot(), QAS, 4, decoding=SHORT, out=folder, progress=False)
+    report = report_run(folder)
+    good = json.loads(json.dumps(as_json(report)))
+    return Reader(lambda path: verify(folder, path), "report.json", st.one_of(text(altered(good)), text(plain),
+        damaged(json.dumps(good).encode())))
+
+
+CELL = dict(name="gd", split="s", seed=0, row=dict(name="gd", bound=.5), versions={}, settings=dict(config={}, lora=0, options=dict(alpha=.01)))
 
 
 def tensors(said):
@@ -149,6 +229,15 @@ READERS = {
             damaged(tensors(dict(a=dict(dtype="F32", shape=[4], data_offsets=[0, 16])))))),
     "notes": lambda folder: Reader(read_notes, "x.safetensors",
         st.one_of(plain.map(lambda v: tensors(dict(__metadata__=dict(notes=json.dumps(v))))), HEADERS.map(tensors))),
+    "report": report_json,
+    "a tool's file": lambda folder: Reader(read_answers, "x.jsonl", st.one_of(lines(plain),
+        *(altered(good).map(as_lines) for good in TOOLS.values()))),
+    "a zipped log": lambda folder: Reader(read_answers, "x.eval", st.one_of(altered(SAMPLE).map(zipped),
+        damaged(zipped(SAMPLE)))),
+    "a cell": lambda folder: Reader(lambda path: read_grid(path.parent), "x,seed0.json", st.one_of(text(altered(CELL)), text(plain),
+        damaged(json.dumps(CELL).encode()))),
+    "adapter": lambda folder: Reader(lambda path: adapter_base(path.parent, {}), "adapter_config.json",
+        st.one_of(text(plain), text(altered(dict(base_model_name_or_path="base", revision="main"))), st.binary(max_size=60))),
     "labels": lambda folder: Reader(_kept, "labels",
         st.one_of(lines(plain), damaged(b'{"key": "0123456789abcdef", "label": 1.0}\n' * 3), st.binary(max_size=60))),
 }
@@ -177,7 +266,9 @@ def test_a_reader_on_whatever_bytes(name, tmp_path): fuzzed(name, tmp_path, FEW)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
-def test_a_reader_on_many_files(name, tmp_path): fuzzed(name, tmp_path, MANY)
+def test_a_reader_on_many_files(name, tmp_path):
+    "A report is made again from its draws each time."
+    fuzzed(name, tmp_path, settings(MANY, max_examples=200) if name == "report" else MANY)
 
 
 def chatted(how):

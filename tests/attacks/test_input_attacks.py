@@ -63,6 +63,8 @@ CASES = [       # words, part of the sentence
     (at("--alpha", "0"), "alpha must lie strictly between 0 and 1, got 0"), (at("--alpha", "nan"), "alpha"),
     (at("--alpha", "inf"), "alpha"), (at("--leak_at", "0"), "leak_at must lie in (0, 1], got 0"),
     (at("--leak_at", "nan"), "leak_at"), (at("--leak_at", "2"), "leak_at must lie in (0, 1]"),
+    *((at("--limit", limit), "limit must be an average leak probability") for limit in "0 1 -1".split()),
+    *((at("--limit", limit), "\"limit\"") for limit in "half nan inf".split()), (at("--about", "\udcff"), "is not UTF-8 text"),
     (at("--temperature", "nan"), "temperature"),
     (at("--temperature", "inf"), "temperature"), (at("--top_p", "nan"), "top_p"),
     (at("--top_p", "1.5"), "top_p must be in (0, 1]"), (at("--top_k", "-1"), "top_k must be a whole number >= 0"),

@@ -96,6 +96,10 @@ CASES = {       # what is tried → part of the sentence
     "seed -1": (lambda: evaluate(Parrot(), QAS, 4, seed=-1), "seed must be"),
     "alpha None": (lambda: evaluate(Parrot(), QAS, 4, alpha=None), "alpha must lie"),
     "leak_at NaN": (lambda: evaluate(Parrot(), QAS, 4, leak_at=NAN), "leak_at must lie"),
+    **{f"limit {limit}": (lambda limit=limit: evaluate(Parrot(), QAS, 4, limit=limit), "limit must be an average leak")
+       for limit in ("0.5", [.5], NAN, 0, 1, True)},
+    "about 7": (lambda: evaluate(Parrot(), QAS, 4, about=7), "about must be a sentence, as text, got int"),
+    "name 7": (lambda: evaluate(Parrot(), QAS, 4, name=7), "name must be a text, or None, got int"),
     "n_retain 0": (lambda: evaluate(Parrot(), QAS, 4, n_retain=0), "n_retain must be"),
     "no questions": (lambda: evaluate(Parrot(), [], 4), "no questions"),
     "looks evil": (lambda: checked_plan("evil"), "looks must be"),
@@ -122,6 +126,33 @@ def test_a_number_that_is_none_is_refused_by_name(name):
 def test_a_report_counts_looks_and_models(looks, models):
     asked = Asked(QAS, Parrot().draw(QAS, 4), Parrot().greedy(QAS))
     with pytest.raises(ValueError, match="must be a whole number >= 1"): Report("m", asked, looks=looks, models=models)
+
+
+ASKED = "must be what was asked, Asked(questions, draws, greedy answers), got"
+FIELDS = [      # of a report, values of the wrong kind, what is said
+    ("limit", ("0.5", [.5], {}, True, NAN, 0, 1, 1 + 0j), "limit must be an average leak probability between 0 and 1"),
+    ("alpha", ("0.01", None, 0, 1, NAN), "alpha must lie strictly between 0 and 1"),
+    ("leak_at", ("1", None, 0, 2, NAN), "leak_at must lie in (0, 1]"),
+    ("looks", ("2", None, 0), "looks must be a whole number >= 1"),
+    ("models", ("2", None, .5), "models must be a whole number >= 1"),
+    ("name", (7, None, b"m"), "name must be a text, got"),
+    ("about", (7, None, ["x"]), "about must be a sentence, as text, got"),
+    ("control_name", (7, None), "control_name must be a text, got"),
+    ("how", (None, "x", [1]), "how must be a dict, got"),
+    ("known", (None, {}), "known must be a list of dicts, got"),
+    ("forget", (None, QAS), f"forget {ASKED}"),
+    ("retain", (QAS, 7), "retain must be None, or what was asked"),
+    ("control", ("model", 7), "control must be None, or what was asked"),
+    ("score", (None, 7, "bleu"), "score must be a function or one of"),
+]
+
+
+@pytest.mark.parametrize("field, value, sentence", [(field, value, said) for field, values, said in FIELDS
+                                                    for value in values])
+def test_a_report_refuses_what_is_of_the_wrong_kind(field, value, sentence):
+    asked = Asked(QAS, Parrot().draw(QAS, 4), Parrot().greedy(QAS))
+    with pytest.raises(ValueError) as error: Report(**dict(name="m", forget=asked) | {field: value})
+    assert sentence in str(error.value) and len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("logprobs", [[.5], [INF], [5.]])
