@@ -31,6 +31,7 @@ from probunlearn.weights import adapter_base
 
 FEW = settings(max_examples=15, deadline=timedelta(seconds=10), database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MANY = settings(FEW, max_examples=2000)
+FEWER, SOME = settings(FEW, max_examples=5), settings(FEW, max_examples=200)    # of a report, which is made again each time
 
 words = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
     st.sampled_from(["question", "answer", "anytime", "\ud800"]))
@@ -261,14 +262,13 @@ def fuzzed(name, folder, how):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_reader_on_whatever_bytes(name, tmp_path): fuzzed(name, tmp_path, FEW)
+def test_a_reader_on_whatever_bytes(name, tmp_path): fuzzed(name, tmp_path, FEW if name != "report" else FEWER)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_reader_on_many_files(name, tmp_path):
-    "A report is made again from its draws each time."
-    fuzzed(name, tmp_path, settings(MANY, max_examples=200) if name == "report" else MANY)
+    fuzzed(name, tmp_path, MANY if name != "report" else SOME)
 
 
 def chatted(how):
