@@ -244,7 +244,8 @@ def test_a_limit_gives_a_verdict_and_about_says_what_the_model_is(data, capsys):
     assert main(["evaluate", *how, "--limit", ".999", "--about", about]) is None
     said, there = capsys.readouterr().out, json.loads((data/"run"/"report.json").read_text())
     assert (there["limit"], there["about"], there["verdict"]) == (.999, about, "pass")
-    assert "• Pass: on average a sampled answer gives the secret away" in said and about in (data/"run"/"report.md").read_text()
+    assert "• Pass: on average a sampled answer gives the secret away" in said
+    assert about in (data/"run"/"report.md").read_text()
     assert shlex.split(there["how"]["command"])[-4:] == ["--limit", "0.999", "--about", about]
     assert main(["verify", str(data/"run")]) is None
     assert main(["report", str(data/"run"), *words(score="rouge_l_recall", limit=.01, out=data/"again.html")]) is None

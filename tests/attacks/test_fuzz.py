@@ -29,9 +29,10 @@ from probunlearn.runs import read_run
 from probunlearn.verification import verify
 from probunlearn.weights import adapter_base
 
-FEW = settings(max_examples=15, deadline=timedelta(seconds=10), database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=15, deadline=timedelta(seconds=10), database=None, derandomize=True,
+               suppress_health_check=list(HealthCheck))
 MANY = settings(FEW, max_examples=2000)
-FEWER, SOME = settings(FEW, max_examples=5), settings(FEW, max_examples=200)    # of a report, which is made again each time
+FEWER, SOME = settings(FEW, max_examples=5), settings(FEW, max_examples=200)    # a report is made again each time
 
 words = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
     st.sampled_from(["question", "answer", "anytime", "\ud800"]))
@@ -140,7 +141,8 @@ def report_json(folder):
         damaged(json.dumps(good).encode())))
 
 
-CELL = dict(name="gd", split="s", seed=0, row=dict(name="gd", bound=.5), versions={}, settings=dict(config={}, lora=0, options=dict(alpha=.01)))
+CELL = dict(name="gd", split="s", seed=0, row=dict(name="gd", bound=.5), versions={},
+            settings=dict(config={}, lora=0, options=dict(alpha=.01)))
 
 
 def tensors(said):
@@ -235,10 +237,12 @@ READERS = {
         *(altered(good).map(as_lines) for good in TOOLS.values()))),
     "a zipped log": lambda folder: Reader(read_answers, "x.eval", st.one_of(altered(SAMPLE).map(zipped),
         damaged(zipped(SAMPLE)))),
-    "a cell": lambda folder: Reader(lambda path: read_grid(path.parent), "x,seed0.json", st.one_of(text(altered(CELL)), text(plain),
+    "a cell": lambda folder: Reader(lambda path: read_grid(path.parent), "x,seed0.json", st.one_of(
+        text(altered(CELL)), text(plain),
         damaged(json.dumps(CELL).encode()))),
     "adapter": lambda folder: Reader(lambda path: adapter_base(path.parent, {}), "adapter_config.json",
-        st.one_of(text(plain), text(altered(dict(base_model_name_or_path="base", revision="main"))), st.binary(max_size=60))),
+        st.one_of(text(plain), text(altered(dict(base_model_name_or_path="base", revision="main"))),
+                  st.binary(max_size=60))),
     "labels": lambda folder: Reader(_kept, "labels",
         st.one_of(lines(plain), damaged(b'{"key": "0123456789abcdef", "label": 1.0}\n' * 3), st.binary(max_size=60))),
 }
