@@ -167,15 +167,16 @@ CASES = [       # words, part of the sentence
     (["versus", "--runs", ""], "compares at least two runs"),
     # config files
     (["unlearn", "--config", "nowhere.yaml"], "no config file 'nowhere.yaml'"),
-    (["unlearn", "--config", "deep.yaml"], ""),
-    (["unlearn", "--config", "list.yaml"], ""), (["unlearn", "--config", "unknown.yaml"], "colour"),
-    (["plan", "--config", "tag.yaml"], ""), (["plan", "--config"], ""),
+    (["unlearn", "--config", "deep.yaml"], "Problems parsing config"),
+    (["unlearn", "--config", "list.yaml"], "Unexpected config"), (["unlearn", "--config", "unknown.yaml"], "colour"),
+    (["plan", "--config", "tag.yaml"], "could not determine a constructor"),
+    (["plan", "--config"], "expected one argument"),
     # words
     (["evaluate"], "model"),
-    (["evaluate", "--colour", "red"], ""),
+    (["evaluate", "--colour", "red"], "--colour red"),
     (["nonsense"], "'nonsense' is no command"),
     ([], "a command is needed"),
-    (["plan", "--n"], ""), (["plan", "--n", "\udcff"], "is not UTF-8 text"),
+    (["plan", "--n"], "expected one argument"), (["plan", "--n", "\udcff"], "is not UTF-8 text"),
 ]
 
 
