@@ -273,7 +273,8 @@ def _in_turn(drawn, chosen, id, words):
     told = [iter([(text, d.lost.get(i)) for i, text in enumerate(d.texts)]) for d in drawn]
     texts, why = zip(*(next(told[j]) for j in chosen))
     first, lost = drawn[0], {i: reason for i, reason in enumerate(why) if reason}
-    return draws_from_texts(id, list(texts), decoding=first.decoding, seed=first.seed, source=first.source, prompt=words,
+    return draws_from_texts(id, list(texts), decoding=first.decoding, seed=first.seed, source=first.source,
+                            prompt=words,
                             lost=lost)
 
 # %% ../nbs/5_models/06_models.ipynb #cbc3c42f

@@ -59,7 +59,7 @@ def many_chance(leaks, n, p):   # chance of so many leaks or more
 
 # %% ../nbs/2_bounds/05_questions.ipynb #eaf64731
 def step_up(p, alpha):          # (Q,) bool: which independent p-values pass, all of them together (Hochberg 1988)
-    order = np.argsort(-p, kind="stable")               # the largest first: one that passes takes all smaller ones along
+    order = np.argsort(-p, kind="stable")               # the largest first: it takes all smaller ones along
     passed = np.logical_or.accumulate(p[order] <= alpha / np.arange(1, len(p) + 1))
     return passed[np.argsort(order, kind="stable")]
 

@@ -393,7 +393,7 @@ def _claimed(head, x, known, cap, *, alpha, side, what):
     leaking, effective = int((x > 0).sum()), float(x.sum()**2 / max((x**2).sum(), 1e-300))
     _check_effective(effective, leaking, len(x), side)
     value = np.minimum(known + weighted_bound(x, cap, alpha, side=side), 1.)
-    how = (f"{len(head.p):,} answers enumerated, importance sampling of the rest with weights of at most {rounded(cap)}, "
-           "betting")
+    how = (f"{len(head.p):,} answers enumerated, importance sampling of the rest with weights of at most {rounded(cap)}"
+           ", betting")
     bound = Bound(value, alpha, side, method=how, n=len(x), quantity=what, decoding=str(head.decoding))
     return RareLeak(bound, estimate=known + float(x.mean()), n=len(x), leaking=leaking, effective=effective, cap=cap)

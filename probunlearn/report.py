@@ -132,7 +132,8 @@ def _beyond(report):
 def _claims(report):
     "The guaranteed statements by name, before they are paid for."
     how = dict(leak_at=report.leak_at, missing="worst", anytime=report.anytime, binary=is_binary(report.score))
-    return dataset_claims(report.x, alpha=report.alpha, **how) | _at_least(report) | _average_at_least(report) | _of_all(report)
+    claims = dataset_claims(report.x, alpha=report.alpha, **how)
+    return claims | _at_least(report) | _average_at_least(report) | _of_all(report)
 
 def _at_least(report):
     "How bad it is at least: how many questions surely leak more than once in 100, and the worst of them."
@@ -348,7 +349,8 @@ def _sentences(report):
 # %% ../nbs/4_reports/05_report.ipynb #0917d7d1
 _NO_ASKED = "what was asked, Asked(questions, draws, greedy answers)"
 _GIVEN = dict(name=(str, "a text"), forget=(Asked, _NO_ASKED), retain=((Asked, type(None)), f"None, or {_NO_ASKED}"),
-              control=((Asked, type(None)), f"None, or {_NO_ASKED}"), control_name=(str, "a text"), how=(dict, "a dict"),
+              control=((Asked, type(None)), f"None, or {_NO_ASKED}"), control_name=(str, "a text"),
+              how=(dict, "a dict"),
               known=(list, "a list of dicts"), about=(str, "a sentence, as text"))
 
 def _begin(report):

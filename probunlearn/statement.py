@@ -158,7 +158,8 @@ def tested(report):
 
 def unclaimed(report):
     "What a report doesn't claim, in sentences."
-    if report.random_sample: yield "Of other questions only a share is claimed, and only of those from which these were drawn at random."
+    if report.random_sample:
+        yield "Of other questions only a share is claimed, and only of those from which these were drawn at random."
     others = "other wordings of these questions" if report.random_sample else "other questions, other wordings of these"
     yield f"Nothing is claimed about {others}, another prompt or another decoding."
     yield f"A secret that is told in words which the score doesn't see isn't counted (a leak: {report.what_leaks})."
@@ -557,7 +558,8 @@ def _control_legend(board):
     names = dict.fromkeys(r.control_name for r in board.reports if r.control)
     if not names: return ""
     return (f"Control leaks: share of the draws of {', '.join(names)} that leak, by chance (the dashed line). Beyond "
-            "chance ≥: share of questions that leak more than the control, for sure, all of them together (Hochberg). ")
+            "chance ≥: share of questions that leak more than the control, for sure, all of them together "
+            "(Hochberg). ")
 
 def with_controls(
     reports,        # of a board

@@ -72,7 +72,8 @@ def _said(path):
     lacking = sorted(needed - set(data)) if needed else []
     if needed and not lacking: return data
     what = f"it lacks {', '.join(lacking)}" if lacking else f"its schema is {schema!r}"
-    raise ValueError(f"{path} can't be checked by probunlearn {__version__}, which reads {' and '.join(_NEEDED)}: {what}")
+    known = " and ".join(_NEEDED)
+    raise ValueError(f"{path} can't be checked by probunlearn {__version__}, which reads {known}: {what}")
 
 def _by_name(label):
     "A score by the name that reports give it; None for another."

@@ -79,7 +79,7 @@ def test_a_run_of_then_goes_on(run):
     fresh = evaluate(model, FORGET[:3], 512, **how)
     there, here = (np.array([d.texts for d in report.forget.draws]) for report in (grown, fresh))
     assert (there[:, :256] == kept).all() and (there[:, 256:] == here[:, 256:]).all()
-    assert (kept != here[:, :256]).mean() < .01     # where a draw stands on the border, another processor rounds otherwise
+    assert (kept != here[:, :256]).mean() < .01     # on the border another processor rounds otherwise
     assert grown.anytime and not fresh.anytime
     with pytest.raises(ValueError, match="another run|another model"):
         evaluate(small_model("full", device="cpu"), FORGET[:3], 512, out=run, **how)

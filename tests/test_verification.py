@@ -299,7 +299,8 @@ def compared(tmp_path_factory):
         for qa, k in zip(QAS, leaks):
             run.keep(qa, draws_from_texts(qa.id, ["no idea"] * (64 - k) + [qa.answer] * k))
             run.keep(qa, draws_from_texts(qa.id, ["no idea"]), "greedy")
-    versus([report_run(folder/f"run{i}", name="NPO") for i in range(3)], reference=("NPO (3)",)).save(folder/"board.html")
+    rows = [report_run(folder/f"run{i}", name="NPO") for i in range(3)]
+    versus(rows, reference=("NPO (3)",)).save(folder/"board.html")
     return folder
 
 
