@@ -220,7 +220,7 @@ def load_model(
 
 # %% ../nbs/5_models/06_models.ipynb #ee0c21d9
 def small_model(
-    state: str = "full",        # "full" knows all authors, "tuned" less firmly, "retain" all but four; or "librarian"
+    state: str = "full",        # "full", "tuned", "retain", "npo" or "librarian": what each knows stands below
     **options,                  # as in `load_model`
 ) -> LocalModel:                # ValueError on another state
     "One of the packaged models."

@@ -373,12 +373,12 @@ def read_weights(
 
 # %% ../nbs/5_models/01_weights.ipynb #40f8006d
 def packaged(
-    state: str,         # "full", "tuned", "retain" or "librarian"
+    state: str,         # "full", "tuned", "retain", "npo" or "librarian"
 ):                      # the folder of a packaged model; ValueError on another state
     "Where one of the packaged models lies."
-    if state not in ("full", "tuned", "retain", "librarian"):
+    if state not in ("full", "tuned", "retain", "npo", "librarian"):
         raise ValueError(f"unknown state {state!r}; the packaged models are "
-                         "'full', 'tuned', 'retain' and 'librarian'")
+                         "'full', 'tuned', 'retain', 'npo' and 'librarian'")
     return files("probunlearn._data")/"small_lm"/state
 
 # %% ../nbs/5_models/01_weights.ipynb #69ab2c39

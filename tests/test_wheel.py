@@ -46,7 +46,7 @@ def test_every_data_file_is_inside(wheel):
     assert {f"probunlearn/_data/{p.as_posix()}" for p in files} <= names
     records = {"fictional_authors/forget10.jsonl", "library/forbidden.jsonl"}
     parts = ("model.safetensors", "tokenizer.json")
-    models = {f"small_lm/{lm}/{file}" for lm in ("full", "retain", "librarian") for file in parts}
+    models = {f"small_lm/{lm}/{file}" for lm in ("full", "retain", "npo", "librarian") for file in parts}
     assert {f"probunlearn/_data/{needed}" for needed in records | models} <= names
     assert not [name for name in names if not name.startswith(("probunlearn/", "probunlearn-"))]
 
