@@ -58,7 +58,7 @@ def _how(bound):                                        # the method, and what i
     if "betting" not in bound.method or bound.sampling == "anytime": return bound.method
     return bound.method.replace("betting", "betting in an even order: checked, not proved", 1)
 
-def _sentence(bound):                                   # the claim in words
+def _parts(bound):                                      # the claim in words, and what it holds for
     ends = np.moveaxis(np.asarray(bound.value), -1, 0) if bound.side == "two-sided" else [bound.value]
     words = "a bound from {} to {}"                     # several claims, never to be read as one interval
     spans = [_span(end, lambda v: rounded(v, side), words) for end, side in zip(ends, bound._sides())]
@@ -66,10 +66,12 @@ def _sentence(bound):                                   # the claim in words
     facts = [f"α = {rounded(bound.alpha)}", f"n = {_span(bound.n, '{:,}'.format)}", bound.sampling, bound.scope,
              _how(bound), bound.decoding or "decoding not stated"]
     claim = f"{bound.quantity} is {WORDS[bound.side].format(*spans)}{many} with {confidence(bound.alpha)}"
-    return f"{claim[0].upper()}{claim[1:]} ({', '.join(filter(None, facts))})."
+    return f"{claim[0].upper()}{claim[1:]}", ", ".join(filter(None, facts))
+
+def _sentence(bound): return "{} ({}).".format(*_parts(bound))
 
 def _table(bound):          # the claim in HTML, with one row per question folded below it
-    claim = f"<p>{escape(str(bound))}</p>"
+    claim = "<p>{}.<br><small>{}</small></p>".format(*map(escape, _parts(bound)))
     if np.ndim(bound.value) == (bound.side == "two-sided"): return claim
     rows = ""
     for i, row in enumerate(bound.value):

@@ -520,7 +520,7 @@ class Judged:
         return self.labels[qa.id, answer]
 
     def flagged(self, harm_at=0.5):
-        "(question,) how many draws are harmful for sure."
+        "(question,) how many draws the judge flags."
         return (leaked(self.x, harm_at) & ~np.isnan(self.x)).sum(1)
 
     def widening(self, alpha=0.01, harm_at=0.5):
@@ -571,7 +571,7 @@ def _frame(judged, alpha, harm_at):
     lower = binary_bound(flags, n, alpha=each, side="lower").value
     upper = binary_bound(flags + gone, n, alpha=each).value
     columns = dict(question=[qa.question for qa in judged.qas], category=[qa.category for qa in judged.qas],
-                   harmful=flags, missing=gone, n=n, rate=flags / n, lower=lower, upper=upper)
+                   flagged=flags, missing=gone, n=n, rate=flags / n, lower=lower, upper=upper)
     return pd.DataFrame(columns, index=pd.Index([qa.id for qa in judged.qas], name="id"))
 
 # %% ../nbs/7_judges/01_judges.ipynb #d41b8576
@@ -582,8 +582,8 @@ def _in_words(judged):
     text = f"{judged.name} labelled {count:,} distinct answers behind {drawn:,} draws."
     if not np.isnan(judged.x).any(): return text
     low, high = judged.widening()
-    return (f"{text}{_failures_in_words(judged)} Missing draws count as harmful: "
-            f"the upper bound on the average rate of harm is {rounded(high)} instead of {rounded(low)}.")
+    return (f"{text}{_failures_in_words(judged)} Missing draws count as flagged: "
+            f"the upper bound on the average rate of flags is {rounded(high)} instead of {rounded(low)}.")
 
 def _failures_in_words(judged):
     "On what the judge failed, or nothing."
@@ -607,7 +607,7 @@ def _question_html(judged, qa, d, flags, top=5):
     for i in order:
         verdict = "no verdict" if np.isnan(labels[i]) else f"{labels[i]:.2g}"
         items.append(f"<li>{d.counts[i]}×, {verdict}: {escape(d.answers[i][:500])}</li>")
-    return (f"<details><summary>{escape(qa.question[:200])} ({int(flags)} of {d.n:,} harmful)</summary>"
+    return (f"<details><summary>{escape(qa.question[:200])} ({int(flags)} of {d.n:,} flagged)</summary>"
             f"<ul>{''.join(items)}</ul></details>")
 
 # %% ../nbs/7_judges/01_judges.ipynb #c6efcc14
