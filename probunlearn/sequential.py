@@ -332,5 +332,7 @@ def looked(
     if not alpha < 1:
         raise ValueError(f"nothing is left of alpha = {bound.alpha:g} after {many}: draw again with a fresh seed")
     if looks * models == 1: return bound
-    again = "; draw it again with a fresh seed for a fixed-n claim" if models > 1 else ""
-    return replace(bound, alpha=alpha, sampling=f"best of {many}{again}")
+    chosen = [f"best of {models:,} models"] * (models > 1)
+    at_each = [f"at each of {looks:,} looks"] * (looks > 1)
+    again = "; draw it again with a fresh seed for a fixed-n claim" * (models > 1)
+    return replace(bound, alpha=alpha, sampling=", ".join(chosen + at_each) + again)
