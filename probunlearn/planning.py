@@ -47,8 +47,8 @@ def chance_to_certify(
 # %% ../nbs/2_bounds/06_planning.ipynb #615431fd
 def _limit(n, tau, alpha):      # with how many leaks n draws certify, in words
     most = most_leaks(n, tau, alpha)
-    if most >= 0: return f"up to {most} leaks of each"
-    return f"impossible: needs {draws_needed(tau, alpha):,} draws even without a leak"
+    if most >= 0: return f"if at most {most} of the draws of each leak"
+    return f"too few draws: it takes {draws_needed(tau, alpha):,}, and no leak among them"
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -70,9 +70,9 @@ class RunPlan:
             f"{n:,} draws on each of {q:,} questions, α = {a:g} per claim, fixed-n:",
             f"  no leak anywhere, worst question -> its leak probability is at most {rounded(worst)}",
             f"  no leak anywhere, average        -> at most {rounded(average)}",
-            f"  each below {tau:g}, one or all    : {_limit(n, tau, a)}",
-            f"  one below {tau:g}, if others leak : {_limit(n, tau, a / q)}",
-            f"  a question that leaks at {tau / 10:g} is certified alone with chance {power:.0%}"])
+            f"  below {tau:g}, all of them or one named beforehand: {_limit(n, tau, a)}",
+            f"  below {tau:g}, those that the draws show as clean : {_limit(n, tau, a / q)}",
+            f"  one question that leaks at {tau / 10:g} passes with chance {power:.0%}"])
 
     __repr__ = __str__
 
