@@ -495,7 +495,7 @@ def test_the_best_of_a_board_pays_for_the_choice():
     best, alone = board.best(), three()[1]
     assert best.name == "model 1"
     for name, bound in best.bounds.items():
-        assert bound.alpha == pytest.approx(.03) and "at 3 models" in str(bound)
+        assert bound.alpha == pytest.approx(.03) and "best of 3 models;" in str(bound)
         assert bound.value == alone.bounds[name].value
     assert list(board.to_frame().index) == ["model 4", "model 1", "model 2", "retain"]
 
