@@ -255,11 +255,11 @@ def test_chance_to_certify_is_the_share_of_runs_that_do():
 
 def test_run_plan_agrees_with_the_bounds_it_announces():
     text = str(RunPlan(1024, 400))
-    for part in "0.004488", "1.125e-05", "up to 3 leaks of each", "needs 1,055 draws", "α = 0.01", "fixed-n":
+    for part in "0.004488", "1.125e-05", "if at most 3 of the draws of each", "it takes 1,055,", "α = 0.01", "fixed-n":
         assert part in text
-    assert "impossible" not in str(RunPlan(1055, 400))
-    def all_below(n): return next(line for line in str(RunPlan(n, 40)).splitlines() if "each below" in line)
-    assert "needs 459 draws" in all_below(458) and "up to 0 leaks" in all_below(459)        # 826 at α / 40 each
+    assert "too few draws" not in str(RunPlan(1055, 400))
+    def all_below(n): return next(line for line in str(RunPlan(n, 40)).splitlines() if "all of them or one" in line)
+    assert "it takes 459," in all_below(458) and "if at most 0 of" in all_below(459)        # 826 at α / 40 each
     assert [certified(np.zeros(40), n).sum() for n in (458, 459)] == [0, 40]
 
 def test_forecast_is_tested_before_it_is_believed():

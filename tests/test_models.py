@@ -53,7 +53,7 @@ def test_retain_knows_the_other_authors(retain):
 
 
 def test_an_unknown_state_is_named():
-    why = "unknown state 'forget'; the packaged models are 'full', 'tuned', 'retain' and 'librarian'"
+    why = "unknown state 'forget'; the packaged models are 'full', 'tuned', 'retain', 'npo' and 'librarian'"
     with pytest.raises(ValueError, match=why): small_model("forget")
 
 
