@@ -220,7 +220,7 @@ def load_model(
 
 # %% ../nbs/5_models/06_models.ipynb #ee0c21d9
 def small_model(
-    state: str = "full",        # "full", "tuned", "retain", "npo" or "librarian": what each knows stands below
+    state: str = "full",        # "full", "tuned", "retain", "npo" (told to forget) or "librarian"
     **options,                  # as in `load_model`
 ) -> LocalModel:                # ValueError on another state
     "One of the packaged models."

@@ -544,7 +544,8 @@ def test_a_difference_pays_for_the_choice_of_both():
     first = replace(counted([9, 3], 64), name="a", models=2)
     other = replace(counted([1, 0], 64), name="b", models=5, looks=3, alpha=.01 / 3)
     looked = versus([first, other], alpha=.05).notes[0]
-    assert f"{pooled_difference(other, first, .05 / 30)} (α = 0.05, n = 64, best of 10 models, at each of 3 looks;" in looked
+    paid = "(α = 0.05, n = 64, best of 10 models, at each of 3 looks;"
+    assert f"{pooled_difference(other, first, .05 / 30)} {paid}" in looked
     once = versus([first, replace(other, alpha=.01, looks=1)], alpha=.05).notes[0]
     assert pooled_difference(other, first, .05 / 10) in once and "best of 10 models;" in once
 

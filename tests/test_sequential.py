@@ -185,7 +185,8 @@ def test_looking_is_paid_for():
     assert looked(bound) is bound
     assert looked(bound, looks=3, models=2).alpha == pytest.approx(.06)
     assert "best of 2 models, at each of 3 looks; draw" in str(looked(bound, 3, 2))
-    assert "fixed-n" not in str(looked(bound, 3)) and "n = 1,024, at each of 3 looks, per question" in str(looked(bound, 3))
+    three = str(looked(bound, 3))
+    assert "fixed-n" not in three and "n = 1,024, at each of 3 looks, per question" in three
     again = "draw it again with a fresh seed for a fixed-n claim"
     assert looked(bound, models=2).sampling == f"best of 2 models; {again}"
     for bad in dict(looks=0), dict(models=1.5), dict(looks=-2, models=-2):
