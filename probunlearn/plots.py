@@ -232,7 +232,9 @@ def _sizes(n):
     return np.unique(np.r_[powers, n].clip(max=n))
 
 def _by_draws(ax, sizes, bounds, means):
-    "Draw the bound of each method and the mean of the draws, against the number of draws."
+    "Draw the bound of each method and the mean of the draws, against the number of draws; a log axis has no place for 0."
+    means = np.asarray(means)
+    if ax.get_yscale() == "log": means = np.where(means > 0, means, np.nan)
     for (method, values), line in zip(bounds.items(), _LINES):
         ax.plot(sizes, values, line, ms=3, color=COLOURS["bound"], label=f"upper bound ({method})")
     ax.plot(sizes, means, "o-", ms=3, color=COLOURS["draws"], label="mean of draws")
@@ -257,7 +259,8 @@ def bound_by_draws(
     bounds = {method: [bound(n, method) for n in sizes] for method in methods}
     ax = _axes(ax)
     _by_draws(ax, sizes, bounds, [np.nanmean(x[:n]) for n in sizes])
-    ax.set(ylim=(0, None), xlabel="number of draws, fixed in advance", ylabel=f"mean {_name(score)}")
+    if ax.get_yscale() != "log": ax.set_ylim(0, None)
+    ax.set(xlabel="number of draws, fixed in advance", ylabel=f"mean {_name(score)}")
     first, last = (rounded(bounds[methods[0]][i], digits=2) for i in (0, -1))
     way = f"from {sizes[0]} to {sizes[-1]:,} draws its bound goes from {first} to {last}"
     _title(ax, f"Mean {seen.mean():.2g}: {way} ({confidence(alpha)})")

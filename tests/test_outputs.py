@@ -6,6 +6,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 from cells import NBS, notebooks
+from execute import widgets as widget_states
 
 HOMES = re.compile(r"/(?:home|root|Users|work|tmp)/\w")
 
@@ -33,6 +34,14 @@ def test_widgets_are_kept_with_a_picture():
     widgets = [(name, data) for name, data in shown if "application/vnd.jupyter.widget-view+json" in data]
     assert len(widgets) > 10
     assert [name for name, data in widgets if "<img alt='" not in data.get("text/html", "")] == []
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda path: path.stem)
+def test_a_widget_that_is_shown_has_its_state(path):
+    "Also where a cell kept the output of an earlier run."
+    view, nb = "application/vnd.jupyter.widget-view+json", nbformat.read(path, as_version=4)
+    outputs = [output.get("data", {}) for cell in code_cells(path) for output in cell.outputs]
+    assert {data[view]["model_id"] for data in outputs if view in data} <= {*(widget_states(nb) or {})}
 
 
 @pytest.mark.parametrize("path", sorted((NBS/"tutorials").glob("*.ipynb")), ids=lambda path: path.stem)

@@ -132,6 +132,14 @@ def test_bound_by_draws_ends_at_the_bound_of_all_draws():
     assert lines[0].get_color() == COLOURS["bound"] and lines[-1].get_color() == COLOURS["draws"]
 
 
+def test_bound_by_draws_leaves_a_mean_of_0_off_a_log_axis():
+    with style(): ax = plt.subplots()[1]
+    ax.set_yscale("log")
+    means = bound_by_draws(np.r_[np.zeros(63), 1], ax=ax).lines[-1].get_ydata()
+    assert np.isnan(means[:-1]).all() and means[-1] == 1 / 64
+    assert ax.get_yscale() == "log" and ax.get_ylim()[0] > 0
+
+
 @pytest.mark.parametrize("call", [
     lambda: score_density([.2, 1.5]),
     lambda: score_density([[.2]]),

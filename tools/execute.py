@@ -3,6 +3,7 @@
 A cell flagged `#| slow`, `#| cuda` or `#| eval: false` keeps the output of its last real run, unless its flag is named.
 """
 import argparse
+import json
 import os
 import re
 import sys
@@ -20,15 +21,36 @@ def skipped(cell, flags):
     return any(flag not in flags for flag in FLAG.findall(cell.source))
 
 
+STATE = "application/vnd.jupyter.widget-state+json"
+
+
+def widgets(nb):
+    "The states of a notebook's widgets, by model id; None where it has none."
+    return nb.metadata.get("widgets", {}).get(STATE, {}).get("state")
+
+
+def still_shown(nb, states):
+    "Those of some states whose widgets stand in an output of `nb`, with the states of all that they consist of."
+    found, ids = {}, re.findall(r'"model_id": "(\w+)"', json.dumps([cell.get("outputs", []) for cell in nb.cells]))
+    while ids:
+        one = ids.pop()
+        if one in found or one not in states: continue
+        found[one] = states[one]
+        ids += re.findall(r"IPY_MODEL_(\w+)", json.dumps(states[one]))
+    return found
+
+
 def execute(path, flags):
     "Run the notebook at `path` and store its outputs in place."
     nb = nbformat.read(path, as_version=4)
+    before = widgets(nb) or {}
     where = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(nb, timeout=3600, resources=where, store_widget_state=True)
     with client.setup_kernel():
         for i, cell in enumerate(nb.cells):
             if cell.cell_type == "code" and not skipped(cell, flags): client.execute_cell(cell, i)
         client.set_widgets_metadata()
+    if widgets(nb) is not None: widgets(nb).update(still_shown(nb, before))     # of the cells that kept their outputs
     nbformat.write(nb, path)
 
 
