@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/5_models/03_prefix.ipynb #5cb75d62
 from contextlib import contextmanager
 import copy
+import inspect
 import math
 import warnings
 import torch
@@ -39,6 +40,12 @@ def _read_unpadded(lm, ids, lengths, last=1):
             out[some, -logits.shape[1]:] = logits
     return out
 
+# %% ../nbs/5_models/03_prefix.ipynb #c4c8e0a1
+def _keep(lm, cache):
+    "A cache under the name that the model takes it by: cache since transformers 5.24, past_key_values before."
+    inner = lm.get_base_model() if hasattr(lm, "get_base_model") else lm        # adapters pass on what they are given
+    return {"cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values": cache}
+
 # %% ../nbs/5_models/03_prefix.ipynb #7f093438
 _NO_KEYS = ("{}: the keys and values of a text are not all that its next token depends on, so its prefixes can't be "
             "kept in a tree; ask for draws instead, model.draw(…) or evaluate(model, …)")
@@ -65,7 +72,7 @@ def read_texts(
         if cache is not None: raise NotImplementedError(_NO_KEYS.format(lm.config.model_type))
         with answering(lm): return _read_unpadded(lm, ids, mask.sum(-1), last), mask
     position = (mask.cumsum(-1) - 1).clamp(min=0)                           # (B, T)
-    how = dict(past_key_values=cache, use_cache=cache is not None, logits_to_keep=last)
+    how = dict(_keep(lm, cache), use_cache=cache is not None, logits_to_keep=last)
     with answering(lm): logits = lm(input_ids=ids, attention_mask=mask, position_ids=position, **how).logits
     return logits, mask
 
@@ -120,7 +127,7 @@ class CopiedRows:
     def step(self, token):
         "Next-token logits (R, V) after one more token (R,) on each row."
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        how = dict(past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        how = dict(_keep(self.lm, self.cache), use_cache=True, logits_to_keep=1)
         position = self.mask.sum(-1, keepdim=True) - 1
         return self.lm(input_ids=token[:, None], attention_mask=self.mask, position_ids=position, **how).logits[:, -1]
 
@@ -302,7 +309,7 @@ class SharedRows:
         "Next-token logits (R, V) after one more token (R,) on each row."
         position = self.questions.lengths[self.questions.question] + self.cache.get_seq_length()
         if self.questions.skip is not None: position = position - self.questions.skip
-        how = dict(past_key_values=self.cache, use_cache=True, logits_to_keep=1, questions=self.questions)
+        how = dict(_keep(self.lm, self.cache), use_cache=True, logits_to_keep=1, questions=self.questions)
         return self.lm(input_ids=token[:, None], position_ids=position[:, None], **how).logits[:, -1]
 
 # %% ../nbs/5_models/03_prefix.ipynb #a973ee9e
