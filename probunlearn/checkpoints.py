@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_op
 # %% ../nbs/8_unlearning/04_checkpoints.ipynb #7722d46f
 from .batches import batch_stats, processes
 from .files import parsed, replacing
+from .weights import safetensors_parts, tensor_bytes
 
 # %% ../nbs/8_unlearning/04_checkpoints.ipynb #25235cbd
 _WHOLE = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
@@ -66,40 +67,20 @@ def _set_random_state(state):
     if "cuda" in state and torch.cuda.is_available(): torch.cuda.set_rng_state(state["cuda"])
 
 # %% ../nbs/8_unlearning/04_checkpoints.ipynb #741da87d
-_KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
-
-def _bytes(tensor):
-    "The bytes of a tensor on the CPU, without a copy."
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
 def _seal(tensors, notes):
     "A hash of all tensors, whatever their order, and of the notes."
     digest = sha256(json.dumps(notes, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
-
-def _header(tensors, notes):
-    "What a safetensors file begins with: the length of a JSON text, and the text."
-    said = {"__metadata__": dict(notes=json.dumps(notes), seal=_seal(tensors, notes))}
-    start = 0
-    for name, tensor in tensors.items():
-        place = [start, start + tensor.nbytes]
-        said[name] = dict(dtype=_KINDS[tensor.dtype], shape=list(tensor.shape), data_offsets=place)
-        start += tensor.nbytes
-    text = json.dumps(said).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 def _write_tensors(file, tensors, notes):
     "Replace a safetensors file, with plain values in its header."
     file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))     # aligned for who maps it
+    said = dict(notes=json.dumps(notes), seal=_seal(tensors, notes))
     with replacing(file) as out:
-        out.write(_header(tensors, notes))
-        for tensor in tensors.values(): out.write(_bytes(tensor))
+        for part in safetensors_parts(tensors, said): out.write(part)
 
 # %% ../nbs/8_unlearning/04_checkpoints.ipynb #94671b28
 def save_checkpoint(

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/1_records/00_files.ipynb #e46d3596
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 import errno
@@ -50,6 +50,7 @@ def unwritten(
     error: OSError,
 ) -> OSError:               # to raise: it names the file, what went wrong, and the remedy
     "The error of a disk that refuses."
+    if isinstance(error.__cause__, OSError): error = error.__cause__       # said already, of a file on its way
     remedy = _REMEDY.get(error.errno, "make room and go on")
     why = error.strerror or str(error)
     found = OSError(f"{path} could not be written ({why}); what was there is whole: {remedy}")
@@ -146,13 +147,78 @@ def finish(
             _move(staged, folder, moved)
     DISK.clear(staged)
 
-def _settle(staged):
-    "List a folder's files in it, and push them to the disk, as readable as any file that is made here."
-    files = [path for path in sorted(staged.rglob("*")) if path.is_file()]
-    names = write_text(staged/_NAMES, "\n".join(path.relative_to(staged).as_posix() for path in files))
-    for path in files:
-        path.chmod(names.stat().st_mode)        # safetensors makes files that only their owner may read
-        with open(path, "rb") as file: DISK.sync(file)
+# %% ../nbs/1_records/00_files.ipynb #4e76dbc8
+def _locked(folder, wait=True):
+    "The handle of a folder that is locked until it is closed; None where somebody else has it, or nobody can."
+    try:
+        import fcntl
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError): return None          # Windows
+    try: fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+@contextmanager
+def _lock(folder, wait=True):
+    "Whether a folder could be locked; it is until the block ends, or the process."
+    handle = _locked(folder, wait)
+    try: yield handle is not None
+    finally:
+        if handle is not None: os.close(handle)
+
+@contextmanager
+def _staging(folder):
+    "A new folder inside a folder, locked; those that dead processes left there go away."
+    with ExitStack() as ours:
+        with _lock(folder):             # one at a time: a folder that is made here is locked before anybody looks at it
+            for old in folder.glob(f".{_STAGED}.*.tmp"):
+                with _lock(old, wait=False) as dead:
+                    if dead: DISK.clear(old)
+            staged = _temporary(folder/_STAGED)
+            staged.mkdir()
+            ours.enter_context(_lock(staged))
+        try: yield staged
+        except BaseException:
+            DISK.clear(staged)
+            raise
+
+# %% ../nbs/1_records/00_files.ipynb #653d11b5
+_LOOSE, _CHUNK = ".loose", 2**24        # where other libraries write; bytes that are copied at once
+
+def create(
+    path,               # that isn't there yet, in a folder that nobody reads yet
+    parts,              # of bytes, one after the other
+) -> None:              # OSError when the disk refuses
+    "Write a new file part by part."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with DISK.create(path) as file:
+        for part in parts: file.write(part)
+        DISK.sync(file)
+    DISK.sync_folder(path.parent)
+
+def _copy(source, path):
+    "Copy a file to the disk."
+    with open(source, "rb") as file: create(path, iter(lambda: file.read(_CHUNK), b""))
+
+@contextmanager
+def from_others(
+    folder,             # whose files these will be
+):                      # context manager that gives a folder for them
+    "What other libraries write, copied as everything is written here."
+    loose = Path(folder)/_LOOSE
+    loose.mkdir()
+    yield loose
+    for path in sorted(loose.rglob("*")):
+        if path.is_file(): _copy(path, folder/path.relative_to(loose))
+    DISK.clear(loose)
+
+# %% ../nbs/1_records/00_files.ipynb #64e65278
+def _listed(staged):
+    "List a folder's files in it."
+    files = [path.relative_to(staged).as_posix() for path in sorted(staged.rglob("*")) if path.is_file()]
+    write_text(staged/_NAMES, "\n".join(files))
 
 @contextmanager
 def replacing_folder(
@@ -164,17 +230,13 @@ def replacing_folder(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     finish(folder, first, stale)
-    staged = _temporary(folder/_STAGED)
     try:
-        staged.mkdir()
-        yield staged
-        _settle(staged)
-        DISK.rename(staged, folder/_STAGED)
-        DISK.sync_folder(folder)
-    except BaseException as error:
-        DISK.clear(staged)
-        if not isinstance(error, OSError): raise
-        raise unwritten(folder, error) from error
+        with _staging(folder) as staged:
+            yield staged
+            _listed(staged)
+            DISK.rename(staged, folder/_STAGED)
+            DISK.sync_folder(folder)
+    except OSError as error: raise unwritten(folder, error) from error
     finish(folder, first, stale)
 
 # %% ../nbs/1_records/00_files.ipynb #9d2943d8

@@ -11,6 +11,7 @@ from ast import literal_eval
 from collections import Counter
 from pathlib import Path
 import json
+import os
 import re
 import struct
 import warnings
@@ -339,15 +340,28 @@ def read_lm_eval(
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #bdcac0cf
 _ZSTD = 93          # the number of this compression in a zip
+_MOST = 2**30       # bytes that the samples of one log may unpack to
 
-def _member(archive, info, file):
-    "One member of a zip, also where it is compressed by Zstandard, which Python before 3.14 can't undo."
-    if info.compress_type != _ZSTD: return archive.read(info)
+def _member(archive, info, file, most):
+    "The first bytes of a zip's member, also by Zstandard, which Python before 3.14 can't undo."
+    if info.compress_type != _ZSTD:
+        with archive.open(info) as unpacked: return unpacked.read(most)
     import pyarrow as pa
     file.seek(info.header_offset + 26)              # the local header ends in two lengths, name and extra field
     file.seek(sum(struct.unpack("<HH", file.read(4))), 1)
-    packed = pa.BufferReader(file.read(info.compress_size))
-    return pa.CompressedInputStream(packed, "zstd").read()
+    packed = pa.BufferReader(file.read(min(info.compress_size, os.fstat(file.fileno()).st_size)))
+    return pa.CompressedInputStream(packed, "zstd").read(most)
+
+def _unpacked(archive, infos, file, path):
+    "Members of a zip one by one; ValueError when they are more than a log may be."
+    left = _MOST
+    for info in infos:
+        data = _member(archive, info, file, most=left + 1)
+        left -= len(data)
+        if left < 0:
+            raise ValueError(f"{path} unpacks to more than {_MOST / 1e9:.1f} GB, as files do that are made to fill a memory. "
+                             "If you know who wrote it, turn it into JSON with `inspect log convert --to json`")
+        yield info, data
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #44b647ab
 def _inspect_samples(path):
@@ -355,7 +369,8 @@ def _inspect_samples(path):
     if not zipfile.is_zipfile(path): return _object(path, "log of inspect").get("samples") or []
     with open(path, "rb") as file, zipfile.ZipFile(path) as archive:
         infos = [info for info in archive.infolist() if re.fullmatch(r"samples/.*\.json", info.filename)]
-        try: return [parsed(_member(archive, info, file), f"{path}, {info.filename}") for info in infos]
+        members = _unpacked(archive, infos, file, path)
+        try: return [parsed(data, f"{path}, {info.filename}") for info, data in members]
         except (NotImplementedError, RuntimeError, OSError) as e:
             raise ValueError(f"{path} is compressed in a way that Python here can't read ({e}); "
                              "turn it into JSON with `inspect log convert --to json`") from e

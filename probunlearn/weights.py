@@ -22,12 +22,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+from transformers import modeling_utils
 from transformers.utils import cached_file, logging
 import torch
 import transformers
 
 # %% ../nbs/5_models/01_weights.ipynb #7756ebc4
-from .files import finish, is_path, replacing_folder, unwritten, write_text
+from .files import create, finish, from_others, is_path, replacing_folder, unwritten, write_text
 
 # %% ../nbs/5_models/01_weights.ipynb #6b7776de
 def best_device() -> str:       # "cuda", "cuda:RANK" under torchrun, "mps" or "cpu"
@@ -402,12 +403,51 @@ def _cast(state, dtype):
     def cast(value): return done.setdefault((value.data_ptr(), value.shape), value.to(dtype))
     return {name: cast(value) if value.is_floating_point() else value for name, value in state.items()}
 
+# %% ../nbs/5_models/01_weights.ipynb #a811bf97
+_KINDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+          torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
+          torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
 
+def tensor_bytes(
+    tensor,             # of any kind, on any device
+) -> memoryview:        # on the CPU without a copy
+    "The bytes of a tensor."
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+def safetensors_parts(
+    tensors: dict,      # name → tensor; none shares its memory with another
+    notes: dict,        # name → text, for the header
+):                      # generator of bytes
+    "A safetensors file in parts: its header, and the bytes of each tensor."
+    tensors = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))     # aligned for who maps it
+    said, start = {"__metadata__": notes}, 0
+    for name, tensor in tensors.items():
+        place = [start, start + tensor.nbytes]
+        said[name] = dict(dtype=_KINDS[tensor.dtype], shape=list(tensor.shape), data_offsets=place)
+        start += tensor.nbytes
+    text = json.dumps(said).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    yield from (tensor_bytes(tensor) for tensor in tensors.values() if tensor.nbytes)
+
+# %% ../nbs/5_models/01_weights.ipynb #a8025818
+@contextmanager
+def _handed_over(loose, inside):
+    "Weights that transformers would write into the folder `loose` are written into `inside`, by us."
+    usual = getattr(modeling_utils, "safe_save_file", None)
+    def save(tensors, path, metadata=None):
+        if Path(path).parent != loose: return usual(tensors, path, metadata=metadata)      # another thread's model
+        create(inside/Path(path).name, safetensors_parts(tensors, metadata or {}))
+    modeling_utils.safe_save_file = save
+    try: yield
+    finally: modeling_utils.safe_save_file = usual
+
+# %% ../nbs/5_models/01_weights.ipynb #d59871a9
 def _refused(error):
-    "A disk's refusal in the words of Rust, in which weights and tokenizers are written, as Python's error, else None."
+    "A disk's refusal in the words of Rust, in which tokenizers are written, as Python's error, else None."
     found = re.search(r"\(os error (\d+)\)", str(error))
-    if found: return OSError(int(found[1]), os.strerror(int(found[1])))
-    return OSError(str(error)) if isinstance(error, SafetensorError) else None
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 @contextmanager
 def _replacing(folder):
@@ -432,8 +472,8 @@ def write_weights(
     if dtype: state = _cast(state, dtype)
     if int(os.environ.get("RANK", 0)) == 0:
         with _replacing(folder) as inside:
-            lm.save_pretrained(inside, state_dict=state)
-            tok.save_pretrained(inside)
+            with from_others(inside) as loose, _handed_over(loose, inside): lm.save_pretrained(loose, state_dict=state)
+            with from_others(inside) as loose: tok.save_pretrained(loose)
             for name, text in more.items(): write_text(inside/name, text)
     return Path(folder)
 

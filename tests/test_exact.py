@@ -1,6 +1,7 @@
 """Exact methods against plain forward passes, full enumeration, and coverage where the leak probability is known."""
 import math
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from probunlearn.data import QA, encode_prompt, fictional_authors
 from probunlearn.draws import Decoding, draws_from_texts
 from probunlearn.exact import answer_logprob, draws_to_extract, enumerate_answers, extractable, sequence_logprobs
 from probunlearn.metrics import extraction_curve, seen_mass_bounds
-from probunlearn.rare import RestDraws, Steered, _from_steered, _weigh, draw_rest, head_and_tail, rare_leak
-from probunlearn.rare import weighted_bound
+from probunlearn.rare import RestDraws, Steered, _from_model, _from_steered, _weigh, _with_vector, draw_rest
+from probunlearn.rare import head_and_tail, rare_leak, steer, weighted_bound
 from probunlearn.scores import score_answers
 from probunlearn.temperature import AdaptiveTemperature
 
@@ -400,12 +401,32 @@ STEERED = {     # how → the proposal, and the part of the leak that nine runs 
 }
 
 
+@cache
+def leaning_model(p):
+    "A law that follows the states, so that a vector can bend it, and the probability of a token 3, about `p`."
+    model = constant_model([.5, .3, .1, p / 3, .1])
+    torch.manual_seed(1)
+    model.lm.lm_head.weight.data[3] = torch.randn(32) * 2 / 3
+    for _ in range(3):
+        truth = sum(share for tokens, share in all_answers(model, SHORT) if 3 in tokens)
+        if .8 < truth / p < 1.25: return model, truth
+        model.lm.lm_head.bias.data[3] += math.log(p / truth)
+    raise AssertionError("no such model")
+
+
+VECTORS = {     # as above, of the head and a strength; how much one draw weighs promises no part of the leak
+    "a vector": (lambda head, strength: steer(head, "o", strength=strength), 0),
+    "a vector, token by token": (lambda head, strength: Steered(steer(head, "o", strength=strength)), 0),
+}
+
+
 def check_coverage(p, how, runs, n=384, alpha=.1):
     "Misses within 3 standard errors of alpha, on each side of alpha / 2; the lower end is worth something."
-    model, truth = level_model(p)
+    model, truth = (leaning_model if how in VECTORS else level_model)(p)
     head = enumerated(model, budget=1)
-    make, part = STEERED[how]
-    sequences, weights = _weigh(head, make(), runs * n, .5, 0)
+    make, part = (VECTORS | STEERED)[how]
+    proposal = make(head, -math.log10(p) / 2 - 1) if how in VECTORS else make()         # the rarer, the stronger
+    sequences, weights = _weigh(head, proposal, runs * n, .5, 0)
     x = weights * [names_leak(model.tok.decode(s), ASK) for s in sequences]
     ends = np.array([weighted_bound(row, head.open / .5, alpha) for row in x.reshape(runs, n)])
     error = x.std() / x.mean() / math.sqrt(len(x))
@@ -421,8 +442,11 @@ def check_coverage(p, how, runs, n=384, alpha=.1):
 def test_a_steered_proposal_covers_without_a_head(): check_coverage(1e-4, "another model", 60)
 
 
+def test_a_vector_covers_without_a_head(): check_coverage(1e-4, "a vector, token by token", 60)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("how", STEERED)
+@pytest.mark.parametrize("how", [*STEERED, *VECTORS])
 @pytest.mark.parametrize("p", [1e-3, 1e-4, 1e-5, 1e-6])
 def test_steered_proposals_cover_without_a_head(p, how):
     "500 runs of 384 draws, one prefix read; plain draws see no leak in nine runs of ten once p is 1e-4."
@@ -469,6 +493,56 @@ def test_the_steered_law_follows_the_rule_of_the_model():
     for steered in Steered(toward), Steered(temperature=3., first=2):
         weights = _weigh(head, steered, 5000, .5, 0)[1]
         assert weights.mean() == pytest.approx(head.open, abs=5 * weights.std() / 5000**.5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "gpt_neox"])
+def test_a_vector_is_added_behind_one_layer(kind):
+    "Draws and probabilities are those of plain passes in which the states behind that layer are longer by it."
+    model, n = random_model(kind, vocab=5, seed=4), 5000
+    vector = torch.linspace(-9, 9, 32, dtype=torch.float64)[torch.randperm(32, generator=torch.manual_seed(0))]
+    leaning, layer = _with_vector(model, 1, vector)
+    head = enumerated(model, budget=1)
+    drawn, logprob = _from_model(head, leaning, n, 0)
+    plain = random_model(kind, vocab=5, seed=4)
+    blocks = next(m for m in plain.lm.modules() if isinstance(m, torch.nn.ModuleList))
+    def longer(block, args, out): return (out[0] + vector, *out[1:]) if isinstance(out, tuple) else out + vector
+    before = dict(all_answers(model, SHORT))
+    blocks[0].register_forward_hook(longer)
+    truth = dict(all_answers(plain, SHORT))
+    np.testing.assert_allclose(np.exp(logprob(list(truth))), list(truth.values()), rtol=1e-8)
+    assert max(abs(truth[t] - before[t]) for t in truth) > .01                       # the vector bends the law
+    counts = np.array([drawn.count(t) for t in truth])
+    expected = np.array(list(truth.values())) * n
+    common = expected >= 5
+    observed, meant = (np.append(x[common], x[~common].sum()) for x in (counts, expected))
+    assert counts.sum() == n and chisquare(observed, meant).pvalue > 1e-4
+    assert dict(all_answers(model, SHORT)) == before                                 # the model itself is as it was
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_weights_of_a_vector_sum_to_what_is_open(alone):
+    "With nothing enumerated and with a head: the mean weight is the open mass within five standard errors."
+    model, _ = leaning_model(1e-3)
+    for budget in 1, 6:
+        head = enumerated(model, budget=budget)
+        vector = steer(head, "o")
+        weights = _weigh(head, vector if alone else Steered(vector), 5000, .5, 0)[1]
+        assert weights.max() <= head.open / .5 * (1 + 1e-9)
+        assert weights.mean() == pytest.approx(head.open, abs=5 * weights.std() / 5000**.5)
+
+
+def test_a_vector_shares_the_weights_and_is_one_more():
+    model, _ = leaning_model(1e-3)
+    before, head = model.identity["model"], enumerated(model, budget=1)
+    vector = steer(head, "o", layer=1, seed=3)
+    assert {p.data_ptr() for p in vector.lm.parameters()} == {p.data_ptr() for p in model.lm.parameters()}
+    again = steer(head, "o", layer=1, seed=3).identity["model"]
+    assert model.identity["model"] == before != vector.identity["model"] == again
+    assert all(p.grad is None for p in model.lm.parameters())
+    for layer in 0, 3:
+        with pytest.raises(ValueError, match="layer must be from 1 to 2"): steer(head, "o", layer=layer)
+    with pytest.raises(ValueError, match="strength must be above 0"): steer(head, "o", strength=0)
+    with pytest.raises(ValueError, match="the secret is empty"): steer(head, " ")
 
 
 def test_a_steered_claim_needs_no_search_and_says_what_it_rests_on():

@@ -21,7 +21,10 @@ class Handle(io.FileIO):
 
     def write(self, data):
         data = memoryview(data).cast("B")
-        return super().write(data[:self.disk.writes(len(data))]) if len(data) else 0
+        if not len(data): return 0
+        left = data[:self.disk.writes(len(data))]
+        while left: left = left[super().write(left):]       # the system may take a part, and refuse the next one
+        return len(data)
 
 
 class Faulty(Disk):

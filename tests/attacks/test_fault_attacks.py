@@ -4,6 +4,8 @@ import json
 import random
 import re
 import resource
+import subprocess
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from conftest import letters, random_model
 from disks import Faulty, Forgetful, Killed, spread, steps_of, with_disk
 from parrot import QAS, SHORT, Parrot
 from probunlearn.evaluation import evaluate
-from probunlearn.files import finish
+from probunlearn.files import finish, replacing_folder
 from probunlearn.judges import FunctionJudge, judge_answers
 from probunlearn.loop import TrainConfig, finetune
 from probunlearn.models import small_model
@@ -31,10 +33,11 @@ N = 12
 
 
 class Work:
-    "What is killed: `begin` makes the old state, `go` the new one, `check` says what may be there at any time."
+    "What is killed: `begin` makes the old state, `go` the new, `check` says what may be there meanwhile, `end` tidies."
     def __init__(self, folder): self.folder = folder
     def begin(self): pass
     def check(self): pass
+    def end(self): pass
 
 
 def make(folder):
@@ -74,6 +77,9 @@ class Asking(Evaluating):
         run = read_run(self.folder/"run")
         for qa in QAS: assert run.draws(qa).n in (4, 8, N) and None not in run.draws(qa).texts
     def result(self): return [sorted(read_run(self.folder/"run").draws(qa).texts) for qa in QAS]
+    def end(self):
+        self.server.shutdown()
+        self.server.server_close()
 
 
 class Teaching(Work):
@@ -150,6 +156,7 @@ class Storing(Work):
 
     def result(self):
         assert (self.folder/"m"/"notes.txt").read_text() == "mine"
+        assert not [*(self.folder/"m").glob("*.saved*")]
         return leftovers(self.folder/"m")
 
 
@@ -179,6 +186,7 @@ def expected(tmp_path_factory):
             work = WORKS[name](tmp_path_factory.mktemp(name))
             work.begin()
             known[name, kind] = steps_of(work.go, kind), work.result()
+            work.end()
         return known[name, kind]
     return of
 
@@ -201,6 +209,7 @@ def dies(name, step, expected, folder):
     work.go()
     work.check()
     assert work.result() == result
+    work.end()
 
 
 @pytest.mark.parametrize("name", WORKS)
@@ -240,6 +249,7 @@ def test_a_power_cut_leaves_old_or_new_and_a_rerun_finishes(name, point, expecte
     work.go()
     work.check()
     assert work.result() == result
+    work.end()
 
 
 @pytest.mark.parametrize("name", WORKS)
@@ -251,6 +261,7 @@ def test_what_is_finished_outlives_a_power_cut(name, expected, tmp_path):
     assert not disk.pending and not disk.before         # nothing waits
     disk.cut()
     assert work.result() == result
+    work.end()
 
 
 SAID = r"(.+) could not be written \({}\); what was there is whole: make room and go on"
@@ -265,24 +276,22 @@ def filled(name, room, expected, folder):
     before = {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     with with_disk(Faulty(room=room)), pytest.raises(OSError) as error: work.go()
     file = Path(re.fullmatch(FULL, str(error.value))[1])
-    assert file.is_relative_to(folder) and file.suffix and not file.name.startswith(".")
+    assert file.is_relative_to(folder) and (file.suffix or file.is_dir()) and not file.name.startswith(".")
     work.check()
     there = {p.name for p in folder.rglob("*") if p.is_file()}
-    assert before.keys() <= there and not any(file.endswith(".tmp") for file in there)
+    assert before.keys() <= there and not [*folder.rglob("*.tmp")]
     work.go()
     work.check()
     assert work.result() == result
-
-
-BY_BOUNDARY = [name for name in WORKS if name != "model"]       # which other libraries write
+    work.end()
 
 
 MANY = 60           # writes: more than that, of a server's run or of each tensor in each checkpoint, take their time
 
 
-@pytest.mark.parametrize("name", BY_BOUNDARY)
+@pytest.mark.parametrize("name", WORKS)
 def test_a_disk_that_is_full_at_any_write(name, expected, tmp_path):
-    "Each write of a small run, of labels and of a report; some of the many of a server's run and of a training."
+    "Each write of a small run, labels, a report and a model; some of the many of a server's run and of a training."
     points = expected(name)[0].boundaries
     for room in points if len(points) < MANY else points[::25]: filled(name, room, expected, tmp_path/str(room))
 
@@ -304,11 +313,11 @@ def test_a_disk_that_is_full_at_further_bytes(expected, tmp_path): further("eval
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BY_BOUNDARY)
+@pytest.mark.parametrize("name", WORKS)
 def test_a_disk_that_is_full_at_200_further_bytes(name, expected, tmp_path): further(name, 200, expected, tmp_path)
 
 
-# --- a model's files, which other libraries write ---------------------------------------------------------------------
+# --- a model's files, some of which other libraries write first -------------------------------------------------------
 
 @contextmanager
 def at_most(size):
@@ -349,3 +358,56 @@ def test_a_model_that_finds_no_room(part, tmp_path):
     work.go()
     work.check()
     work.result()
+
+
+SAVES_FOR_EVER = """
+import sys, time
+from probunlearn.files import replacing_folder
+with replacing_folder(sys.argv[1], "config.json") as inside:
+    (inside/"model.safetensors").write_bytes(bytes(100))
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_save_is_cleared_away_and_a_living_one_is_not(tmp_path):
+    "By the next save: while the process lives its folder stays, and goes when it was killed, with all that it holds."
+    work = Storing(tmp_path)
+    work.begin()
+    other = subprocess.Popen([sys.executable, "-c", SAVES_FOR_EVER, tmp_path/"m"], stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"ready\n"
+    def staged(): return [*(tmp_path/"m").glob("*.saved.*.tmp")]
+    work.go()
+    assert len(staged()) == 1 and (staged()[0]/"model.safetensors").stat().st_size == 100
+    other.kill()
+    other.communicate()
+    work.models[0].save(tmp_path/"m")
+    assert not staged() and work.fits()
+
+
+def test_all_of_a_models_files_go_through_the_disk(tmp_path):
+    "What lies in the folder was written by the one object that tests replace: each name, and each byte."
+    model = random_model(vocab=16, seed=1, dtype=torch.bfloat16)
+    model.tok = small_model().tok
+    with with_disk(Faulty()) as disk: model.save(tmp_path/"m")
+    sizes = {p.name: p.stat().st_size for p in (tmp_path/"m").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= sizes.keys()
+    names = len("\n".join(sizes))                          # the list of them, which is gone again
+    assert disk.used == sum(sizes.values()) + names
+    assert all(torch.equal(value, model.lm.state_dict()[name])
+               for name, value in load_file(tmp_path/"m"/"model.safetensors").items())
+
+
+def test_a_model_of_several_files(tmp_path, monkeypatch):
+    "Shards with an index are read as they are by transformers, and none is written by another hand."
+    model = random_model(vocab=16, seed=1)
+    model.tok = small_model().tok
+    usual = model.lm.save_pretrained
+    monkeypatch.setattr(model.lm, "save_pretrained", lambda folder, **how: usual(folder, max_shard_size="40KB", **how))
+    with with_disk(Faulty()) as disk: model.save(tmp_path/"m")
+    parts = sorted(p.name for p in (tmp_path/"m").glob("model-*.safetensors"))
+    assert len(parts) > 1 and (tmp_path/"m"/"model.safetensors.index.json").exists()
+    files = [p for p in (tmp_path/"m").iterdir()]
+    assert disk.used == sum(p.stat().st_size for p in files) + len("\n".join(p.name for p in files))
+    again = type(model.lm).from_pretrained(tmp_path/"m", dtype=model.lm.dtype)
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.lm.state_dict().items())

@@ -2,20 +2,23 @@
 import json
 import time
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
 
 from disks import Faulty, with_disk
 from parrot import QAS, SHORT, Parrot
-from probunlearn import scores
+from probunlearn import peers, scores
 from probunlearn.draws import draws_from_texts, load_draws, save_draws
 from probunlearn.evaluation import evaluate
 from probunlearn.files import json_lines
+from probunlearn.formats import read_answers
 from probunlearn.judges import FunctionJudge, judge_answers
 from probunlearn.planning import RunPlan, most_leaks
 from probunlearn.runs import price
 from probunlearn.scores import rouge_l, score_answers, stems, stems_any_script
+from test_tables import zstd_zip
 
 
 def cpu(work):
@@ -111,3 +114,56 @@ def test_a_report_in_json_is_strict(tmp_path):
     def refuse(word): raise AssertionError(word)
     found = json.loads((tmp_path/"r.json").read_text(), parse_constant=refuse)
     assert found["how"]["odd"][:2] == [None, {"a": None, "7": [1, None]}]
+
+
+def deflated(path, members):
+    "A zip as most programs write it."
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in members.items(): archive.writestr(name, text)
+    return path
+
+
+def understated(path, members):
+    "The same, and its index says that each member has one byte."
+    data = deflated(path, members).read_bytes()
+    with zipfile.ZipFile(path) as archive: sizes = {info.file_size for info in archive.infolist()}
+    for size in sizes: data = data.replace(size.to_bytes(4, "little"), (1).to_bytes(4, "little"))
+    path.write_bytes(data)
+    return path
+
+
+def spaces(count, size): return {f"samples/{i}_epoch_1.json": " " * size + "{}" for i in range(count)}
+
+
+BOMBS = {
+    "one large sample": (deflated, spaces(1, 30 * 2**20), "unpacks to more than 0.0 GB"),
+    "many small ones": (deflated, spaces(200, 2**14), "unpacks to more than 0.0 GB"),
+    "one by Zstandard": (zstd_zip, spaces(1, 30 * 2**20), "unpacks to more than 0.0 GB"),
+    "many by Zstandard": (zstd_zip, spaces(200, 2**14), "unpacks to more than 0.0 GB"),
+    "one that lies": (understated, spaces(1, 30 * 2**20), "looks like a log of inspect, but could not be read"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_zipped_log_unpacks_as_far_as_a_limit(name, monkeypatch, tmp_path):
+    "A limit of 2 MB, and samples that unpack to more than 3: what is read stays in memory near the limit."
+    make, members, says = BOMBS[name]
+    path = make(tmp_path/"x.eval", members)
+    monkeypatch.setattr(peers, "_MOST", 2 * 2**20)
+    assert path.stat().st_size < 2**18
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=says) as error: read_answers(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert str(path) in str(error.value) and peak < 12 * 2**20
+
+
+def test_a_zipped_log_within_the_limit_is_read(monkeypatch, tmp_path):
+    "Just as large as the limit, and one byte more."
+    sample = json.dumps(dict(id=1, epoch=1, input="Why?", target="So.", scores={}, output=dict(choices=[])))
+    for make in deflated, zstd_zip:
+        path = make(tmp_path/f"{make.__name__}.eval", {"samples/1_epoch_1.json": sample})
+        monkeypatch.setattr(peers, "_MOST", len(sample))
+        assert len(read_answers(path)) == 1
+        monkeypatch.setattr(peers, "_MOST", len(sample) - 1)
+        with pytest.raises(ValueError, match="unpacks to more than"): read_answers(path)
