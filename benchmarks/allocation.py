@@ -67,9 +67,9 @@ def packaged(seeds):                    # three packaged models on forty forget 
         for goal in GOALS:
             equal = equal_for(goal, len(pool))
             for batch in BATCH, model.block:
-                outcomes, draws, equally = zip(*(searched(pool, goal, batch, seed) for seed in range(seeds)))
+                outcomes, taken, equally = zip(*(searched(pool, goal, batch, seed) for seed in range(seeds)))
                 came = ", ".join(f"{outcomes.count(o)} {o}" for o in sorted(set(outcomes)))
-                half = np.median(draws)
+                half = np.median(taken)
                 print(f"  {goal}, {batch} at a time: {came}; median {half:,.0f} draws, {half / equal:.1%} of equal "
                       f"allocation's {equal:,}, which decide {sum(equally)} of {seeds}", flush=True)
 
