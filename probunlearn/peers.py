@@ -359,8 +359,8 @@ def _unpacked(archive, infos, file, path):
         data = _member(archive, info, file, most=left + 1)
         left -= len(data)
         if left < 0:
-            raise ValueError(f"{path} unpacks to more than {_MOST / 1e9:.1f} GB, as files do that are made to fill a memory. "
-                             "If you know who wrote it, turn it into JSON with `inspect log convert --to json`")
+            raise ValueError(f"{path} unpacks to more than {_MOST / 1e9:.1f} GB, "
+                             "as files do that are made to fill a memory. If you know who wrote it, turn it into JSON with `inspect log convert --to json`")
         yield info, data
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #44b647ab

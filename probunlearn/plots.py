@@ -232,7 +232,7 @@ def _sizes(n):
     return np.unique(np.r_[powers, n].clip(max=n))
 
 def _by_draws(ax, sizes, bounds, means):
-    "Draw the bound of each method and the mean of the draws, against the number of draws; a log axis has no place for 0."
+    "Draw each method's bound and the mean of the draws against the number of draws; a log axis has no place for 0."
     means = np.asarray(means)
     if ax.get_yscale() == "log": means = np.where(means > 0, means, np.nan)
     for (method, values), line in zip(bounds.items(), _LINES):
