@@ -360,7 +360,8 @@ def _unpacked(archive, infos, file, path):
         left -= len(data)
         if left < 0:
             raise ValueError(f"{path} unpacks to more than {_MOST / 1e9:.1f} GB, "
-                             "as files do that are made to fill a memory. If you know who wrote it, turn it into JSON with `inspect log convert --to json`")
+                             "as files do that are made to fill a memory. If you know who wrote it, "
+                             "turn it into JSON with `inspect log convert --to json`")
         yield info, data
 
 # %% ../nbs/3_benchmarks/03_peers.ipynb #44b647ab
