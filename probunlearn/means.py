@@ -150,6 +150,26 @@ def wealth(
         with np.errstate(over="ignore"): total += np.cumprod(growth, 1, out=growth)
     return total / len(stakes)
 
+# %% ../nbs/2_bounds/02_means.ipynb #9b27e4d1
+FEW = 12        # times that the rarer side of a coin came up, as a player supposes before the first bet
+
+def learner(
+    x: np.ndarray,      # (Q, n) numbers in [0, 1], in the order of the bets
+    enough: float,      # ln(1 / alpha) / n
+):                      # function (m (k, 1), rows) → (k, n) stakes
+    "A coin player who grows bolder as the spread so far proves smaller than a coin's."
+    seen = np.arange(x.shape[1])
+    mean = np.cumsum(x, 1) / (seen + 1)
+    squares = np.c_[np.zeros(len(x)), np.cumsum((x - mean)**2, 1)[:, :-1]]
+    def stake(m, rows):
+        coin, supposed = coin_stake(m, enough), FEW / np.minimum(m, 1 - m)
+        bold = squares[rows] / (m * (1 - m))        # draws of a coin that would be as spread
+        bold += supposed
+        np.sqrt(np.divide(seen + supposed, bold, out=bold), out=bold)
+        bold *= coin
+        return np.minimum(bold, np.maximum(coin, 0.75 / (1 - m)), out=bold)
+    return stake
+
 # %% ../nbs/2_bounds/02_means.ipynb #b828c3e3
 def _next_try(low, high, i):            # (Q,) near the one end known, on the chord, or in the middle
     (a, f), (b, g) = low, high
@@ -193,15 +213,16 @@ def bets_in_order(
     alpha: float,       # chance that a row's bound is too small
     *,
     caps: tuple = (0.75,),      # what a cautious player stakes at most, one player per cap
-    coin: bool = True,          # one more player, who takes the scores for a coin
+    coin: bool = True,          # one more player, who learns how far the scores are from a coin's
 ) -> np.ndarray:        # (Q,)
     "Largest mean that players don't refute (Waudby-Smith and Ramdas 2024, theorem 3; a mixture of their bets)."
     stake = cautious_stake(x, alpha)
     enough = -np.log(alpha) / x.shape[1]
+    learnt = learner(x, enough)
     def gain(m, rows):
         m = m[:, None]
         stakes = [np.minimum(stake[rows], cap / (1 - m)) for cap in caps]
-        if coin: stakes.append(coin_stake(m, enough))
+        if coin: stakes.append(learnt(m, rows))
         return log_most(x[rows], m, stakes) + np.log(alpha)
     guess = x.mean(1) + np.sqrt(2 * enough * x.var(1)) + enough
     return border(gain, guess / (1 + guess))
@@ -210,7 +231,7 @@ def betting(
     x: np.ndarray,      # (Q, n) scores in [0, 1], in whatever order
     alpha: float,       # chance that a row's bound is too small
 ) -> np.ndarray:        # (Q,)
-    "A coin player and a cautious one, in an even order (after Waudby-Smith and Ramdas 2024)."
+    "A coin player who learns and a cautious one, in an even order (after Waudby-Smith and Ramdas 2024)."
     return bets_in_order(dealt(x, alpha), alpha)
 
 # %% ../nbs/2_bounds/02_means.ipynb #4561e625

@@ -353,7 +353,7 @@ def test_import_is_light():
 
 def test_claims_say_what_they_rest_on():
     said = str(mean_bound(np.zeros(1024)))
-    for part in "mean score", "at most 0.005", "99 %", "α = 0.01", "n = 1,024", "fixed-n", "per question", "betting":
+    for part in "mean score", "at most 0.00501", "99 %", "α = 0.01", "n = 1,024", "fixed-n", "per question", "betting":
         assert part in said
     many = jointly(mean_bound, np.zeros((3, 8)))
     assert "jointly for 3 questions" in str(many) and many.alpha == .01 and "<table>" in many._repr_html_()

@@ -6,7 +6,7 @@ from scipy import special
 from test_bounds import ALLOWED, ALPHA, LAWS, MEAN_METHODS, SPREADS, misses
 from probunlearn.bounds import FileScores, ed_bound, mean_bound, std_bound, variance_bound
 from probunlearn.judged import prediction_powered
-from probunlearn.means import betting, constant_stakes, dealt, even_order
+from probunlearn.means import betting, cautious_stake, coin_stake, constant_stakes, dealt, even_order, learner, log_most
 from probunlearn.metrics import dataset_claims, leakage
 from probunlearn.questions import difference_bound, phrasings_bound, pooled_mean, population_mean
 from probunlearn.sequential import Claim, MeanSequence, RateSequence, certify, plan_looks
@@ -93,6 +93,26 @@ def test_coins_miss_at_most_alpha_at_every_small_n():
         for alpha in .05, .01:
             p = np.minimum(betting(x, alpha) + 1e-7, 1)
             assert np.where(p < 1, special.bdtr(count, n, np.minimum(p, 1 - 1e-12)), 0).max() <= alpha, (n, alpha)
+
+def test_stakes_grow_as_the_spread_proves_small():
+    m = np.array([[.5]])                        # a coin whose rarer side came up 12 times was tossed 24 times
+    coin, same, heads = coin_stake(m, .01)[0, 0], np.full((1, 4), .5), np.array([[0., 1, 0, 1]])
+    assert learner(same, .01)(m, slice(None))[0] == pytest.approx(coin * np.sqrt(np.array([24, 25, 26, 27]) / 24))
+    tosses = np.array([0, 0, 1, 13 / 9])        # squared distances from the mean so far, over 1/4
+    assert learner(heads, .01)(m, slice(None))[0] == pytest.approx(coin * np.sqrt(np.arange(24, 28) / (24 + tosses)))
+    assert learner(same, 1)(m, slice(None)).max() == pytest.approx(2) == coin_stake(m, 1)[0, 0]    # and not beyond
+
+def test_no_mean_above_the_bound_is_refuted_no_more():
+    rng = np.random.default_rng(8)
+    near = [.3 + 0 * rng.random((4, 64)), rng.normal(.95, .001, (4, 64)), rng.normal(.45, .04, (4, 64)).clip(0, 1)]
+    for x in (rng.random((4, 64)) < .02) * 1., (rng.random((4, 64)) < .3) * 1., rng.beta(2, 8, (4, 64)), *near:
+        for alpha in .2, .01, 1e-6:
+            rows, bound = dealt(x, alpha), betting(x, alpha)
+            cautious, learnt = cautious_stake(rows, alpha), learner(rows, -np.log(alpha) / 64)
+            for m in np.linspace(.01, .99, 99)[:, None, None] + np.zeros((4, 1)):
+                stakes = np.minimum(cautious, .75 / (1 - m)), learnt(m, slice(None))
+                refuted = log_most(rows, m, stakes) >= -np.log(alpha)
+                assert (refuted == (m[:, 0] >= bound)).all(), (alpha, m[0])
 
 def test_one_shuffle_for_each_n_does_not():     # why the order is even, not pseudo-random
     from probunlearn.means import bets_in_order
