@@ -218,7 +218,7 @@ def bets_in_order(
     "Largest mean that players don't refute (Waudby-Smith and Ramdas 2024, theorem 3; a mixture of their bets)."
     stake = cautious_stake(x, alpha)
     enough = -np.log(alpha) / x.shape[1]
-    learnt = learner(x, enough)
+    learnt = learner(x, enough) if coin else None
     def gain(m, rows):
         m = m[:, None]
         stakes = [np.minimum(stake[rows], cap / (1 - m)) for cap in caps]
