@@ -62,7 +62,7 @@ test test-slow: export OMP_NUM_THREADS ?= 1
 test: drift
 	$(BIN)/nbdev_test --n_workers $(WORKERS)
 	@$(BIN)/python tools/cells.py
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/real
 	$(BIN)/nbdev_test --flags slow --n_workers $(WORKERS)

@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../nbs/4_reports/02_page.ipynb #b54951b0
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from html import escape
 from importlib.resources import files
@@ -207,12 +209,22 @@ def _inline(svg, title):
     label = escape(" ".join(title.split()), quote=True)
     return text.replace("<svg", f"<svg role='img' aria-label='{label}'", 1)
 
+_DRAWN = ContextVar("drawn", default=True)     # whether pages have drawings
+
+@contextmanager
+def in_words():
+    "Pages that are made in this context have empty places for their drawings."
+    before = _DRAWN.set(False)
+    try: yield
+    finally: _DRAWN.reset(before)
+
 def drawing(
     plot,               # function that draws on the axes it is given as `ax`
     size=(7, 3.4),      # inches
 ) -> str:               # HTML: the figure inline, in the page's own ink
     "A figure as part of the page."
     import matplotlib as mpl
+    if not _DRAWN.get(): return as_html("<div class='wide'>\n</div>")
     with mpl.rc_context(dict.fromkeys(_TEXTS, COLOURS["greedy"])):
         svg, title = picture(plot, size, format="svg", transparent=True, metadata={"Date": None})
     return as_html(f"<div class='wide'>{_inline(svg.decode(), title)}</div>")

@@ -391,7 +391,7 @@ def leak_probe(
     "A probe for `unlearn`: mean scores of greedy answers and draws, the share of draws that leak and a bound on it."
     def greedy(model, qas): return score_draws(model.greedy(qas, decoding), qas, score).mean()
     def drawn(model, qas, n, seed):         # (question, draw)
-        return score_draws(model.draw(qas, n, decoding, seed, progress=False), qas, score)
+        return score_draws(model.draw(qas, n, decoding, seed, merge=32, progress=False), qas, score)
     def probe(model):
         scores = drawn(model, forget, n, seed)
         leaks = leaked(scores, leak_at)

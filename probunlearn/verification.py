@@ -18,7 +18,7 @@ import re
 from . import __version__
 from .bounds import Bound, rounded
 from .files import parsed, reads
-from .page import html_page, picture
+from .page import html_page, in_words, picture
 from .reading import both_asked, control_asked, control_of, versus
 from .report import SCHEMA, Board, Report, _BOARD, as_json
 from .runs import other_reports, price, read_run
@@ -261,7 +261,7 @@ def _files(path, data, result, unsure=False):
         yield Check("file", path.with_suffix(".html").name, None, why)
         return
     digest = sha256(path.read_bytes()).hexdigest()
-    page = html_page(f"probunlearn: {result.name}", result.body(digest))
+    with in_words(): page = html_page(f"probunlearn: {result.name}", result.body(digest))
     yield _text_file(path.with_suffix(".html"), page, data, digest)
     yield _text_file(path.with_suffix(".md"), result.card(digest), data, digest)
     image = path.with_suffix(".png")

@@ -13,6 +13,7 @@ import sys
 import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from threading import Thread
 
@@ -201,9 +202,9 @@ def website(site):
         server.shutdown()
 
 
-def watched(browser, at, width, scheme="light"):
+def watched(browser, at, width):
     "A new browser page, and the list of what goes wrong on it."
-    page, wrong = browser.new_page(viewport=dict(width=width, height=1000), color_scheme=scheme), []
+    page, wrong = browser.new_page(viewport=dict(width=width, height=1000)), []
     def requested(request):
         if not request.url.startswith((f"{at}/", "data:")): wrong.append(f"{request.url} is elsewhere")
     def failed(request):
@@ -238,22 +239,25 @@ UGLY = r"""() => {
 SHOWN = "index", "tutorials/01_greedy_misleads", "4_reports/07_widgets", "2_bounds/03_bounds", "docs/paper", "docs/api"
 
 
-def keep_pages(page, website, width):
-    "Screenshots of some pages, light and dark, where somebody wants to look at them."
-    for name in SHOWN if os.environ.get("SCREENSHOTS") else ():
+def keep_pages(page, website):
+    "Screenshots of some pages, wide and narrow, light and dark, where somebody wants to look at them."
+    for name, width in product(SHOWN, (1280, 400)) if os.environ.get("SCREENSHOTS") else ():
+        page.set_viewport_size(dict(width=width, height=1000))
         page.goto(f"{website}/{name}.html")
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
             page.screenshot(path=Path(os.environ["SCREENSHOTS"])/f"{Path(name).name}-{width}-{scheme}.png")
 
 
-@pytest.mark.parametrize("width, scheme", [(1280, "light"), (400, "dark")])
-def test_every_page_of_the_website_loads_and_fits(browser, website, site, width, scheme):
-    page, wrong = watched(browser, website, width, scheme)
+def test_every_page_of_the_website_loads_and_fits(browser, website, site):
+    page, wrong = watched(browser, website, 1280)
     for path in sorted(site.rglob("*.html")):
         page.goto(f"{website}/{path.relative_to(site).as_posix()}")
-        wrong += [f"{page.url}: {said}" for said in page.evaluate(UGLY)]
-    keep_pages(page, website, width)
+        for width, scheme in ((1280, "light"), (400, "dark")):
+            page.set_viewport_size(dict(width=width, height=1000))
+            page.emulate_media(color_scheme=scheme)
+            wrong += [f"{page.url} at {width}: {said}" for said in page.evaluate(UGLY)]
+    keep_pages(page, website)
     page.close()
     assert wrong == []
 
