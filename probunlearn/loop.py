@@ -6,6 +6,7 @@
 __all__ = ['TrainConfig', 'History', 'finetune']
 
 # %% ../nbs/8_unlearning/05_loop.ipynb #2fad22c1
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import math
@@ -394,6 +395,16 @@ def _batches(run, items):
     quiet = {} if run.accelerator.is_main_process else dict(disable=True)       # else the environment decides
     return tqdm(loader, "training", delay=3, mininterval=1, unit="batch", **quiet)
 
+def _counts_as_0(x): return float(torch.tensor(x, dtype=torch.double) * 1) == 0
+
+@contextmanager
+def _without_denormals():
+    "Within, numbers too small for the usual format (below 1e-38 in fp32) count as 0 on a CPU."
+    before = _counts_as_0(1e-310)
+    torch.set_flush_denormal(True)
+    try: yield
+    finally: torch.set_flush_denormal(before)
+
 def train_loop(
     model,                  # `LocalModel`, trained in place
     items: list,            # what `loss_of` takes, a batch after the other, in order
@@ -411,7 +422,7 @@ def train_loop(
     run.wrapped.train()
     batches = []                                            # of the update on its way
     for batch in _batches(run, todo):
-        numbers, norm = _train_on(run, batch, loss_of)
+        with _without_denormals(): numbers, norm = _train_on(run, batch, loss_of)
         batches.append(numbers)
         if norm is None: continue
         _record(run, batches, norm, probe)

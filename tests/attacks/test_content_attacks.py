@@ -186,7 +186,7 @@ CHATS = {
 
 @pytest.mark.parametrize("name", CHATS)
 def test_a_chat_template_without_end_or_measure_is_stopped(name, monkeypatch, full):
-    monkeypatch.setattr(limits, "_SECONDS", 2)
+    monkeypatch.setattr(limits, "_SECONDS", 1)
     template, sentence = CHATS[name]
     tok = chat_tokenizer(template + "{% for m in messages %}{{ m.content }}{% endfor %}")
     model = LocalModel(full.lm, tok)
