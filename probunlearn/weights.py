@@ -171,7 +171,9 @@ def _check_known(source, raw, trusted):
 
 def _checked_config(source, place):
     "The configuration of a causal language model; ValueError when it is another."
-    with _reading(source): raw, _ = PreTrainedConfig.get_config_dict(source, **place)
+    try:
+        with _reading(source): raw, _ = PreTrainedConfig.get_config_dict(source, **place)
+    except TypeError: raw = {}          # no JSON object, on which some versions break
     _check_known(source, raw, place["trust_remote_code"])
     with _reading(source): config = AutoConfig.from_pretrained(source, **place)
     _check_writes(source, config)

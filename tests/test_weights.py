@@ -168,7 +168,8 @@ def test_where_it_lies_is_told_to_both_and_the_rest_to_the_model(plain, tmp_path
             return _read(*args, **options)
         monkeypatch.setattr(kind, "from_pretrained", spy)
     model = read(tmp_path/"repo", subfolder="sub", revision="main", attn_implementation="eager")
-    assert same(model, llama(), 1e-5) and model.lm.config._attn_implementation == "eager" and model.name == "repo"
+    assert same(model, llama(attn_implementation="eager"), 1e-5)
+    assert model.lm.config._attn_implementation == "eager" and model.name == "repo"
     assert told["AutoTokenizer"] == {"subfolder", "revision", "trust_remote_code"}
     assert told["AutoModelForCausalLM"] >= told["AutoTokenizer"] | {"attn_implementation", "dtype"}
     refused(tmp_path/"repo", "no such folder", error=FileNotFoundError, subfolder="gone")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from real_engine import CAPITALS, FILE, REAL, folder, free_port, local, served  # noqa: F401
@@ -15,7 +16,6 @@ from probunlearn.data import Template, encode_prompt
 from probunlearn.draws import Decoding
 from probunlearn.endpoint import Endpoint
 from probunlearn.evaluation import evaluate
-from probunlearn.exact import sequence_logprobs
 from probunlearn.models import load_model
 
 FEW = Decoding(max_new_tokens=8)
@@ -78,10 +78,9 @@ def test_the_first_token_follows_the_exact_law(server, local):
     one, n, qa = Decoding(max_new_tokens=1), 400, CAPITALS[0]
     texts = [t for t in endpoint.draw([qa], n, one)[0].texts if t is not None]
     prompt = encode_prompt(local.tok, qa.question, local.template)
-    rows = [(i,) for i in range(len(local.tok))]
-    p = np.exp(np.concatenate([sequence_logprobs(local, prompt, rows[a:a + 4096], one) for a in range(0, 16384, 4096)]))
+    with torch.no_grad(): p = local.lm(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
     law = {}
-    for (i,), share in zip(rows, p):
+    for i, share in enumerate(p.tolist()):
         text = local.tok.decode([i], skip_special_tokens=True).strip()
         law[text] = law.get(text, 0) + share
     likely = [t for t, share in law.items() if len(texts) * share >= 5]
@@ -91,7 +90,7 @@ def test_the_first_token_follows_the_exact_law(server, local):
     value = stats.chi2.sf(((seen - expected)**2 / expected).sum(), len(likely))
     print(f"{name}: {len(texts)} answers, {len(likely)} likely first tokens, p = {value:.4f}")
     assert len(texts) >= n - 4 and len(set(texts)) > 5
-    assert value > 1e-4 or name == "llama.cpp"  # which keeps the file's weights of a few bits, and rounds otherwise
+    assert value > 1e-4
 
 
 def test_it_is_evaluated_and_goes_on(server, tmp_path):
