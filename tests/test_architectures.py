@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import KINDS, SIZES, LetterTok, letter_model, letters, random_lm
