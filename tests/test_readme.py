@@ -10,7 +10,7 @@ from test_imports import MODULES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT/"README.md").read_text(encoding="utf-8")
-COMMANDS = " ".join(re.findall(r"`([^`\n]+)`", README) + re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S))
+COMMANDS = "\n".join(re.findall(r"`([^`\n]+)`", README) + re.findall(r"^```bash\n(.*?)^```", README, re.M | re.S))
 
 
 def test_readme_is_the_index():
